@@ -1,0 +1,30 @@
+"""Paint new tissue: whole-slide images to embeddings, and embeddings to new whole-slide images.
+
+Everything is a function on the plane, in micrometres, read on a `Grid`: a slide, a map of
+embeddings, the noise, a synthetic slide all answer ``thing.read(grid) -> array``.
+
+The modules, in the order of the data; a module imports only what stands above it
+(`tests/test_architecture.py` holds the package to this list):
+
+    errors        what a user can do wrong, as a tree
+    commit        what is written appears whole or not at all
+    grid          Grid: a rectangle of pixels on the plane, in µm
+    slide         Slide, open_slide: a colour at every point
+    tissue        Tissue, find_tissue: where there is something to look at
+    encoder       Encoder, load_encoder: a tile becomes a vector
+    store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
+    embed         verb: slide -> store
+    field         NoiseField: noise that is a function, read by address
+    coordinates   TrainingPack, CoordinateSampler: points, values and conditions at random places
+    operators     kernel-integral, cross-attention and self-attention operators; splat and gather
+    denoiser      Denoiser: the conditional operator, a sparse level and a grid level
+    diffusion     forward process, objective, noise levels, solvers
+    brush         Brush: a trained denoiser and all it needs
+    train         verb: pack -> brush
+    stream        one denoising step over a canvas of any size, tile by tile
+    pyramid       Pyramid: an OME-Zarr slide being written
+    synthesize    verb: brush + reference -> pyramid
+    cli           the words
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,164 @@
+"""What is written appears whole or not at all.
+
+One protocol for stores, brushes and pyramids: everything is written into a stage beside the target
+(same file system), then a manifest with the size and SHA-256 of every file, and one `os.replace`
+makes it appear. *Exists* never means *done*: done is a manifest that verifies. A killed run leaves
+only a stage, which the next run of the same command removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import MachineError, RefusedError
+
+MANIFEST = "wsi-brush.json"
+STAGE = ".wsi-brush-stage-"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """A short, stable digest of anything JSON can hold: the same parameters, the same digest."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished artefact, or None where there is none of ours.
+
+    Raises:
+        RefusedError: if a manifest is there but cannot be read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{path}: damaged manifest ({error}); remove {folder} and make it again") from None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a finished artefact: missing, changed and added files, one line each."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return [f"{folder}: no {MANIFEST}, so it was never finished"]
+    files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+    problems = []
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name}: missing")
+        elif path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
+            problems.append(f"{name}: changed since it was written")
+    added = {_name(path, folder) for path in _files(folder)} - set(files) - {MANIFEST}
+    return problems + [f"{name}: not in the manifest" for name in sorted(added)]
+
+
+def check_target(target: Path, *, kind: str, overwrite: bool) -> None:
+    """Whether something may be written at `target`; call before hours of work.
+
+    Raises:
+        RefusedError: if something is there that is not ours, or is ours and `overwrite` is off.
+        MachineError: if the folder around it is missing or cannot be written to.
+    """
+    if target.exists() or target.is_symlink():
+        ours = target.is_dir() and (read_manifest(target) or {}).get("kind") == kind
+        if not ours:
+            raise RefusedError(f"{target}: exists and is no {kind} of wsi-brush; it will not be touched, choose another name")
+        if not overwrite:
+            raise RefusedError(f"{target}: exists; choose another name or pass --overwrite")
+    probe = target.parent / f"{STAGE}{uuid.uuid4().hex}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise MachineError(f"{target.parent}: cannot be written to ({error.strerror}); choose another output") from None
+
+
+@contextlib.contextmanager
+def staged(target: Path, *, kind: str, about: dict[str, Any], overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; on success seal it with a manifest and move it there.
+
+    `about` goes into the manifest; the caller may go on filling it until the block ends. On any
+    error, Ctrl-C included, the stage is removed and `target` is as it was before.
+
+    Raises:
+        RefusedError, MachineError: as `check_target`, and when the disk is full.
+    """
+    check_target(target, kind=kind, overwrite=overwrite)
+    sweep(target)
+    stage = target.parent / f"{STAGE}{target.name}-{socket.gethostname()}-{os.getpid()}"
+    stage.mkdir()
+    try:
+        yield stage
+        files = {_name(path, stage): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in _files(stage)}
+        write_json(stage / MANIFEST, {"kind": kind, **about, "files": files})
+        _sync(stage)
+        if target.exists():
+            old = target.parent / f"{STAGE}{target.name}-old-{uuid.uuid4().hex}"
+            os.replace(target, old)
+            os.replace(stage, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(stage, target)
+        _sync(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(f"{target}: the disk is full; free some space and run the same command again") from error
+        raise
+    finally:
+        if stage.exists():
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that `path` holds either the old text or the new one, also after a crash."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def sweep(target: Path) -> None:
+    """Remove the stages that killed runs on this host left for `target`."""
+    prefix = f"{STAGE}{target.name}-{socket.gethostname()}-"
+    for stage in target.parent.glob(f"{STAGE}*"):
+        pid = stage.name.removeprefix(prefix)
+        if stage.name.startswith(prefix) and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
