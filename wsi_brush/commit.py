@@ -9,7 +9,9 @@ only a stage, which the next run of the same command removes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +26,7 @@ from .errors import MachineError, RefusedError
 
 MANIFEST = "wsi-brush.json"
 STAGE = ".wsi-brush-stage-"
+_ASIDE = "old"
 
 
 def sha256_of(path: Path) -> str:
@@ -58,7 +61,9 @@ def verify(folder: Path) -> list[str]:
     manifest = read_manifest(folder)
     if manifest is None:
         return [f"{folder}: no {MANIFEST}, so it was never finished"]
-    files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+    files: Mapping[str, Mapping[str, Any]] | None = manifest.pop("files", None)
+    if files is None or manifest.pop("seal", None) != _seal(manifest, files):
+        return [f"{MANIFEST}: changed since it was written"]
     problems = []
     for name, expected in files.items():
         path = folder / name
@@ -78,12 +83,14 @@ def check_target(target: Path, *, kind: str, overwrite: bool) -> None:
         MachineError: if the folder around it is missing or cannot be written to.
     """
     if target.exists() or target.is_symlink():
-        ours = target.is_dir() and (read_manifest(target) or {}).get("kind") == kind
-        if not ours:
-            raise RefusedError(f"{target}: exists and is no {kind} of wsi-brush; it will not be touched, choose another name")
+        plain = target.is_dir() and not target.is_symlink()
+        if not plain or (read_manifest(target) or {}).get("kind") != kind:
+            raise RefusedError(
+                f"{target}: exists and is no {kind} of wsi-brush; it stays as it is, choose another name"
+            )
         if not overwrite:
             raise RefusedError(f"{target}: exists; choose another name or pass --overwrite")
-    probe = target.parent / f"{STAGE}{uuid.uuid4().hex}"
+    probe = target.parent / _stage_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
@@ -102,20 +109,21 @@ def staged(target: Path, *, kind: str, about: dict[str, Any], overwrite: bool = 
     Raises:
         RefusedError, MachineError: as `check_target`, and when the disk is full.
     """
-    check_target(target, kind=kind, overwrite=overwrite)
     sweep(target)
-    stage = target.parent / f"{STAGE}{target.name}-{socket.gethostname()}-{os.getpid()}"
-    stage.mkdir()
+    check_target(target, kind=kind, overwrite=overwrite)
+    stage = target.parent / _stage_name(target)
     try:
+        stage.mkdir()
         yield stage
         files = {_name(path, stage): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in _files(stage)}
-        write_json(stage / MANIFEST, {"kind": kind, **about, "files": files})
+        for path in sorted(stage.rglob("*")):
+            _sync(path)
+        manifest = {"kind": kind, **about}
+        write_json(stage / MANIFEST, {**manifest, "seal": _seal(manifest, files), "files": files})
         _sync(stage)
+        check_target(target, kind=kind, overwrite=overwrite)
         if target.exists():
-            old = target.parent / f"{STAGE}{target.name}-old-{uuid.uuid4().hex}"
-            os.replace(target, old)
-            os.replace(stage, target)
-            shutil.rmtree(old)
+            _swap(stage, target)
         else:
             os.replace(stage, target)
         _sync(target.parent)
@@ -140,12 +148,66 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sweep(target: Path) -> None:
-    """Remove the stages that killed runs on this host left for `target`."""
-    prefix = f"{STAGE}{target.name}-{socket.gethostname()}-"
-    for stage in target.parent.glob(f"{STAGE}*"):
-        pid = stage.name.removeprefix(prefix)
-        if stage.name.startswith(prefix) and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+    """Remove the stages that killed runs on this host left for `target`.
+
+    Where the file system cannot swap two folders, a run killed between its two renames leaves the
+    old artefact aside and nothing at `target`; it is put back.
+    """
+    for stage in sorted(target.parent.glob(f"{glob.escape(_stage_prefix(target))}*")):
+        pid, _, rest = stage.name.removeprefix(_stage_prefix(target)).partition("-")
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        if rest == _ASIDE and not target.exists():
+            os.replace(stage, target)
+        else:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _stage_prefix(target: Path) -> str:
+    return f"{STAGE}{target.name}-{socket.gethostname()}-"
+
+
+def _stage_name(target: Path) -> str:
+    return f"{_stage_prefix(target)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _swap(stage: Path, target: Path) -> None:
+    """Put `stage` at `target`; what stood there is removed, at the latest by the next `sweep`."""
+    if _exchange(stage, target):
+        return  # the old artefact is the stage now
+    aside = target.parent / f"{_stage_prefix(target)}{os.getpid()}-{_ASIDE}"
+    os.replace(target, aside)
+    try:
+        os.replace(stage, target)
+    except OSError:
+        os.replace(aside, target)
+        raise
+    shutil.rmtree(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, where the system can (Linux, most file systems)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+def _seal(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+    """A digest of the manifest itself, so that a changed seed is found as a changed pixel is."""
+    return fingerprint(json.loads(json.dumps({**manifest, "files": files})))  # as it will be read: keys are text there
 
 
 def _files(folder: Path) -> list[Path]:

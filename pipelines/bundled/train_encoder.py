@@ -1,0 +1,403 @@
+"""Train the bundled encoder by VICReg: `train_encoder.py encoder.toml --work WORK --slides DATA -o FOLDER`.
+
+Why VICReg and not DINO or iBOT: there is no teacher, so a step costs half of theirs on a CPU; it needs no large
+batch; and its variance and covariance terms keep every dimension of the embedding alive and different from the
+others, which is what a brush that is *conditioned* on the embedding wants. Positives are two views of nearby places
+of one slide at one pitch, so what tissue looks like is kept and where exactly its nuclei lie is not; stain jitter is
+mild, so colour is kept as well.
+
+The work folder holds the decoded slides (.npy) and a checkpoint every two minutes: run the same command again to
+go on. The schedule follows the clock, so that training always ends annealed. When it ends, the weights
+(safetensors) and their description (JSON) stand in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import json
+import math
+import os
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wsi_brush.commit import fingerprint, sha256_of, write_json
+from wsi_brush.grid import Grid
+from wsi_brush.slide import open_slide
+
+CHECKPOINT_SECONDS = 120.0
+COLOURFUL = 18  # least spread of a tissue pixel's R, G and B, of 255
+STEP = 16  # px between the corners of tiles on offer
+# Optical densities of haematoxylin, eosin and a rest (Ruifrok and Johnston 2001), one a row.
+STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+
+
+def keep_memory() -> None:
+    """Ask glibc to keep large activations instead of returning them to the kernel after every layer: 2-3 x."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 512 * 2**20)):
+            mallopt(option, value)
+
+
+# data ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One slide, decoded at one pitch: (height, width, 3) uint8, and the column where the held-out strip begins."""
+
+    slide: str
+    mpp: float
+    rgb: NDArray[np.uint8]
+    cut: int
+
+    def tiles(self, tile: int, tissue: float, *, columns: slice, step: int = STEP) -> NDArray[np.int64]:
+        """Corners (k, 2) of the tiles that lie in `columns` and hold enough tissue; where the picture is smaller
+        than a tile, the tile reaches over its edge, which is white and no tissue."""
+        part = self.rgb[:, columns]
+        colourful = part.max(axis=2).astype(np.int16) - part.min(axis=2) > COLOURFUL
+        tops, lefts = (
+            np.arange(0, max(side - tile, 0) + 1, step) - max(tile - side, 0) // 2 for side in part.shape[:2]
+        )
+        total = np.zeros((part.shape[0] + 1, part.shape[1] + 1), np.int64)
+        total[1:, 1:] = colourful.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
+        upper, lower = (np.clip(tops + more, 0, part.shape[0])[:, None] for more in (0, tile))
+        left, right = (np.clip(lefts + more, 0, part.shape[1])[None] for more in (0, tile))
+        inside = total[lower, right] - total[upper, right] - total[lower, left] + total[upper, left]
+        rows, places = np.nonzero(inside > tissue * tile**2)
+        return np.stack([tops[rows], lefts[places] + (columns.start or 0)], axis=1)
+
+    def crop(self, top: int, left: int, side: int) -> NDArray[np.uint8]:
+        """A square of the part that may be trained on, white beyond it."""
+        square = np.full((side, side, 3), 255, np.uint8)
+        rows = slice(max(top, 0), min(top + side, self.rgb.shape[0]))
+        columns = slice(max(left, 0), min(left + side, self.cut))
+        if rows.start < rows.stop and columns.start < columns.stop:
+            at = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
+            square[at] = self.rgb[rows, columns]
+        return square
+
+
+def decode(folder: Path, work: Path, mpps: list[float], train_until: float) -> list[Picture]:
+    """Every slide of PROVENANCE.tsv at every pitch; decoded once, then read from the work folder."""
+    with (folder / "PROVENANCE.tsv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["file"].startswith("slides/")]
+    pictures = []
+    for row in rows:
+        estimate = float(row["mpp_estimated"]) if row["mpp_estimated"] else None
+        slide = None
+        for mpp in mpps:
+            kept = work / "decoded" / f"{Path(row['file']).name}-{mpp:g}.npy"
+            about = kept.with_suffix(".json")
+            if not about.exists():
+                slide = slide or open_slide(folder / row["file"], assume_mpp=estimate)
+                height, width = (round(side * slide.grid.mpp / mpp) for side in slide.grid.shape)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                rgb = np.empty((height, width, 3), np.uint8)
+                whole = Grid(mpp, 0, 0, height, width)
+                for window in whole.tiles(2048):
+                    rgb[window.within(whole)] = slide.read(window)
+                np.save(kept, rgb)
+                # Two pixels less: anti-aliasing looks a little further than the pixel it makes.
+                cut = math.floor(train_until * slide.grid.width * slide.grid.mpp / mpp) - 2
+                write_json(about, {"cut": cut, "mpp": mpp, "level0_mpp": slide.grid.mpp})
+            pictures.append(Picture(Path(row["file"]).name, mpp, np.load(kept), json.loads(about.read_text())["cut"]))
+    return pictures
+
+
+class Sampler:
+    """Pairs of source squares: balanced over pitches, then slides; the two of a pair lie near each other."""
+
+    def __init__(self, pictures: list[Picture], config: dict[str, Any], seed: int) -> None:
+        data = config["data"]
+        self.random = np.random.default_rng(seed)
+        self.offset: int = config["views"]["offset"]
+        self.side = math.ceil(config["tile"] * config["views"]["scale"][1])
+        self.share: list[float] = data["share"]
+        self.offers: list[list[tuple[Picture, NDArray[np.int64]]]] = []
+        for mpp in data["mpp"]:
+            chosen = [picture for picture in pictures if picture.mpp == mpp]
+            corners = [p.tiles(config["tile"], data["tissue"], columns=slice(0, p.cut)) for p in chosen]
+            self.offers.append([offer for offer in zip(chosen, corners, strict=True) if len(offer[1])])
+        self.half = config["tile"] // 2
+
+    def pairs(self, count: int) -> Tensor:
+        """(2 * count, side, side, 3) uint8: first all first members, then all second ones."""
+        first, second = [], []
+        for pitch in self.random.choice(len(self.offers), count, p=self.share):
+            picture, corners = self.offers[pitch][self.random.integers(len(self.offers[pitch]))]
+            centre = corners[self.random.integers(len(corners))] + self.half + self.random.integers(0, STEP, 2)
+            first.append(self._square(picture, centre))
+            second.append(self._square(picture, centre + self.random.integers(-self.offset, self.offset + 1, 2)))
+        return torch.from_numpy(np.stack(first + second))
+
+    def tiles(self, count: int, tile: int) -> NDArray[np.uint8]:
+        """(count, tile, tile, 3): tiles as they are, balanced in the same way."""
+        places = self.side // 2 - tile // 2
+        return self.pairs(count)[:count, places : places + tile, places : places + tile].numpy()
+
+    def _square(self, picture: Picture, centre: NDArray[np.int64]) -> NDArray[np.uint8]:
+        corner = []
+        for middle, extent in zip(centre, (picture.rgb.shape[0], picture.cut), strict=True):
+            room = extent - self.side
+            corner.append(min(max(int(middle) - self.side // 2, 0), room) if room >= 0 else room // 2)
+        return picture.crop(corner[0], corner[1], self.side)
+
+
+# views --------------------------------------------------------------------------------------------
+
+
+def make_views(squares: Tensor, size: int, config: dict[str, Any], generator: torch.Generator) -> Tensor:
+    """Augment (n, side, side, 3) uint8 squares to (n, 3, size, size) normalised views, each in its own way."""
+    views = config["views"]
+    count, side = squares.shape[:2]
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    low, high = views["scale"]
+    scale = torch.exp(math.log(low) + uniform(count) * math.log(high / low)) * (size / side)
+    turn = _dihedral()[torch.randint(8, (count,), generator=generator)] * scale[:, None, None]
+    where = functional.affine_grid(
+        torch.cat([turn, torch.zeros(count, 2, 1)], dim=2), [count, 3, size, size], align_corners=False
+    )
+    pixels = squares.permute(0, 3, 1, 2).float().contiguous()
+    pixels = functional.grid_sample(pixels, where, mode="bilinear", padding_mode="border", align_corners=False)
+    stains = torch.tensor(STAINS)
+    stains = stains / stains.norm(dim=1, keepdim=True)
+    factor = 1 + views["stain"] * (2 * uniform(count, 3) - 1)
+    mix = stains.T @ torch.diag_embed(factor) @ torch.linalg.inv(stains.T)
+    shade = views["brightness"] * (2 * uniform(count, 1, 1) - 1)
+    density = -torch.log((pixels.flatten(2) + 1) / 256)
+    pixels = torch.exp(-torch.baddbmm(shade.expand(count, 3, 1), mix, density)).clamp_(0, 1).view_as(pixels)
+    blurred = functional.avg_pool2d(
+        functional.avg_pool2d(functional.pad(pixels, (1, 1, 1, 1), "replicate"), 2, 1), 2, 1
+    )
+    pixels = torch.lerp(pixels, blurred, views["blur"] * uniform(count, 1, 1, 1))
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def _dihedral() -> Tensor:
+    turns = [torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]).round() for a in _QUARTERS]
+    return torch.stack(turns + [turn @ torch.diag(torch.tensor([1.0, -1.0])) for turn in turns])
+
+
+_QUARTERS = [quarter * math.pi / 2 for quarter in range(4)]
+
+
+# objective ----------------------------------------------------------------------------------------
+
+
+def vicreg(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Invariance, variance and covariance of two (n, d) expansions (Bardes, Ponce and LeCun 2022)."""
+    invariance = functional.mse_loss(first, second)
+    variance = covariance = torch.zeros(())
+    for one in (first, second):
+        centred = one - one.mean(dim=0)
+        variance = variance + functional.relu(1 - (centred.var(dim=0) + 1e-4).sqrt()).mean() / 2
+        square = (centred.T @ centred / (len(one) - 1)).square()
+        covariance = covariance + (square.sum() - square.diagonal().sum()) / one.shape[1]
+    return invariance, variance, covariance
+
+
+def effective_rank(embeddings: Tensor) -> float:
+    """exp of the entropy of the normalised eigenvalues of the covariance: how many dimensions are really in use."""
+    spread = torch.linalg.svdvals(embeddings.double() - embeddings.double().mean(dim=0)).square()
+    share = spread / spread.sum()
+    return math.exp(-(share * torch.log(share.clamp_min(1e-12))).sum().item())
+
+
+# training -----------------------------------------------------------------------------------------
+
+
+class Training:
+    """The network, its expander and optimiser, and how far they are."""
+
+    def __init__(self, config: dict[str, Any], work: Path) -> None:
+        self.config, self.work = config, work
+        torch.manual_seed(config["seed"])
+        network = timm.create_model(config["architecture"], num_classes=0)
+        self.network: nn.Module = network.to(memory_format=torch.channels_last)
+        self.dim = int(network.num_features)
+        width = config["optimisation"]["expander"]
+        self.expander = nn.Sequential(
+            nn.Linear(self.dim, width, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(inplace=True),
+            nn.Linear(width, width),
+        )
+        named = [*self.network.named_parameters(), *self.expander.named_parameters()]
+        groups = [
+            {"params": [p for _, p in named if p.ndim > 1], "weight_decay": config["optimisation"]["decay"]},
+            {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99))
+        self.step, self.seconds = 0, 0.0
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1, by the clock."""
+        return min(1.0, self.seconds / (60 * self.config["optimisation"]["minutes"]))
+
+    def rate(self) -> float:
+        """Linear warm-up, then a cosine to zero."""
+        warmup = self.config["optimisation"]["warmup"]
+        ramp = min(1.0, (self.progress + 1e-3) / warmup)
+        return float(self.config["optimisation"]["rate"] * ramp * (1 + math.cos(math.pi * self.progress)) / 2)
+
+    def save(self) -> None:
+        """Write a checkpoint; the JSON comes last and names the hash of the tensors."""
+        tensors = {f"network.{name}": value.contiguous() for name, value in self.network.state_dict().items()}
+        tensors |= {f"expander.{name}": value for name, value in self.expander.state_dict().items()}
+        for index, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
+        generation = f"checkpoint-{self.step % 2}.safetensors"
+        save_file(tensors, self.work / generation)
+        about = {"file": generation, "sha256": sha256_of(self.work / generation), "config": fingerprint(self.config)}
+        write_json(self.work / "checkpoint.json", about | {"step": self.step, "seconds": self.seconds})
+
+    def resume(self) -> None:
+        """Go on from the work folder's checkpoint, if it was made with the same configuration."""
+        path = self.work / "checkpoint.json"
+        if not path.exists():
+            return
+        about = json.loads(path.read_text())
+        if about["config"] != fingerprint(self.config):
+            raise SystemExit(f"{path}: made with another configuration; remove it or use another --work")
+        if about["sha256"] != sha256_of(self.work / about["file"]):
+            raise SystemExit(f"{path}: {about['file']} is damaged; remove both and train again")
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "expander": {}, "optimiser": {}}
+        for name, value in load_file(self.work / about["file"]).items():
+            part, rest = name.split(".", 1)
+            parts[part][rest] = value
+        self.network.load_state_dict(parts["network"])
+        self.expander.load_state_dict(parts["expander"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimiser"].items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+        whole = self.optimiser.state_dict()
+        self.optimiser.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+        self.step, self.seconds = about["step"], about["seconds"]
+
+
+def write_weights(training: Training, sampler: Sampler, folder: Path) -> None:
+    """Write encoder.safetensors (matrices in half precision) and encoder.json, which pins its SHA-256.
+
+    `embedding.mean` and `embedding.std` of training tiles go along: the encoder standardises what it returns.
+    """
+    config = training.config
+    tiles = torch.from_numpy(sampler.tiles(1024, config["tile"])).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    training.network.eval()
+    with torch.inference_mode():
+        seen = torch.cat([training.network((part / 255 - mean) / std) for part in tiles.split(64)])
+    training.network.train()
+    tensors = {
+        name: (value.half() if value.ndim > 1 else value.float()).contiguous().clone()
+        for name, value in training.network.state_dict().items()
+        if value.is_floating_point()
+    }
+    tensors |= {"embedding.mean": seen.mean(dim=0), "embedding.std": seen.std(dim=0).clamp_min(1e-3)}
+    partial = folder / "encoder.safetensors.partial"
+    save_file(tensors, partial)
+    about = {
+        "name": config["name"],
+        "architecture": config["architecture"],
+        "kwargs": {"num_classes": 0},
+        "tile": config["tile"],
+        "mean": config["mean"],
+        "std": config["std"],
+        "dim": training.dim,
+        "sha256": sha256_of(partial),
+        "licence": "MIT (weights); data: see encoder.md",
+        "training": {
+            "method": "VICReg",
+            "mpp": config["data"]["mpp"],
+            "steps": training.step,
+            "pairs": config["optimisation"]["pairs"],
+            "minutes": round(training.seconds / 60, 1),
+            "config": fingerprint(config),
+            "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        },
+    }
+    os.replace(partial, folder / "encoder.safetensors")
+    write_json(folder / "encoder.json", about)
+
+
+def train(config: dict[str, Any], pictures: list[Picture], work: Path, out: Path) -> None:
+    """Train until the clock says so, then write the weights."""
+    how = config["optimisation"]
+    training = Training(config, work)
+    training.resume()
+    sampler = Sampler(pictures, config, seed=config["seed"] + training.step)
+    for mpp, offers in zip(config["data"]["mpp"], sampler.offers, strict=True):
+        print(f"mpp {mpp:g}:", ", ".join(f"{p.slide} {len(c)}" for p, c in offers), flush=True)
+    generator = torch.Generator().manual_seed(config["seed"] + training.step)
+    saved = training.seconds
+    while training.progress < 1:
+        began = time.monotonic()
+        size = how["size"][int(training.progress >= how["switch"])]
+        with torch.no_grad():
+            views = make_views(sampler.pairs(how["pairs"]), size, config, generator)
+        for group in training.optimiser.param_groups:
+            group["lr"] = training.rate()
+        embeddings = training.network(views)
+        terms = vicreg(*training.expander(embeddings).chunk(2))
+        loss = sum((weight * term for weight, term in zip(how["weights"], terms, strict=True)), torch.zeros(()))
+        training.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([*training.network.parameters(), *training.expander.parameters()], 10.0)
+        training.optimiser.step()
+        training.step += 1
+        training.seconds += time.monotonic() - began
+        if training.step % 10 == 1:
+            figures = " ".join(f"{name} {t.item():.4f}" for name, t in zip(("inv", "var", "cov"), terms, strict=True))
+            rank = effective_rank(embeddings.detach()[: how["pairs"]])
+            speed = 2 * how["pairs"] / (time.monotonic() - began)
+            print(
+                f"step {training.step} {training.seconds / 60:.1f} min rate {group['lr']:.5f} {figures} "
+                f"rank {rank:.1f} {speed:.0f} views/s",
+                flush=True,
+            )
+        if training.seconds - saved > CHECKPOINT_SECONDS:
+            training.save()
+            write_weights(training, sampler, work)
+            saved = training.seconds
+    training.save()
+    out.mkdir(parents=True, exist_ok=True)
+    write_weights(training, sampler, out)
+    print(f"done: {out / 'encoder.safetensors'}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--slides", type=Path, required=True, help="folder with PROVENANCE.tsv and slides/")
+    parser.add_argument("--work", type=Path, required=True, help="decoded slides and checkpoints")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for encoder.safetensors and encoder.json")
+    arguments = parser.parse_args()
+    keep_memory()
+    config = tomllib.loads(arguments.config.read_text())
+    torch.set_num_threads(config["optimisation"]["threads"])
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    pictures = decode(arguments.slides, arguments.work, config["data"]["mpp"], config["data"]["train_until"])
+    train(config, pictures, arguments.work, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""A slide is embedded once, whole or not at all; a bad one costs itself; a tile is the same tile everywhere."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from wsi_brush import commit
+from wsi_brush.embed import (
+    COVER,
+    PITCHES,
+    embed_region,
+    embed_slide,
+    embed_slides,
+    find_slides,
+    slide_fingerprint,
+    slide_name,
+)
+from wsi_brush.errors import MachineError, RefusedError, SlideError, UsageError
+from wsi_brush.grid import Grid
+from wsi_brush.pyramid import Pyramid
+from wsi_brush.slide import Slide, open_slide
+from wsi_brush.store import EmbeddingStore
+from wsi_brush.tissue import find_tissue
+
+WEIGHTS = Path(__file__).parents[1] / "wsi_brush" / "weights"
+
+
+class ColourEncoder:
+    """Mean and spread of each colour: an encoder without weights."""
+
+    name, dim, tile = "colours", 6, 32
+
+    def __init__(self, fingerprint: str = "1") -> None:
+        self.fingerprint = fingerprint
+        self.batches: list[int] = []
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert tiles.shape[1:] == (32, 32, 3)
+        assert tiles.dtype == np.uint8
+        self.batches.append(len(tiles))
+        pixels = tiles.astype(np.float32)
+        return np.concatenate([pixels.mean(axis=(1, 2)), pixels.std(axis=(1, 2))], axis=1)
+
+
+class BrokenEncoder(ColourEncoder):
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return super().__call__(tiles) * np.float32(np.inf)
+
+
+def paint(path: Path, *, seed: int = 0, blank: bool = False) -> Path:
+    """A picture of 640 x 500 pixels: a rough pink and purple patch on paper, to be taken at 0.5 µm."""
+    generator = np.random.default_rng(seed)
+    rgb = np.full((500, 640, 3), 243, np.uint8)
+    if not blank:
+        spots = generator.random((300, 320)) < 0.2
+        rgb[100:400, 60:380] = np.where(spots[..., None], (110, 80, 150), (225, 150, 185))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rgb).save(path)
+    return path
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    return paint(tmp_path / "slides" / "a.png")
+
+
+@pytest.fixture
+def slide(picture: Path) -> Slide:
+    return open_slide(picture, assume_mpp=0.5)
+
+
+def test_a_region_has_the_embeddings_of_the_whole(slide: Slide) -> None:
+    """The lattice is anchored at the slide, so cells in common are the same, bit for bit, at every pitch."""
+    encoder = ColourEncoder()
+    whole = embed_region(slide, slide.grid, encoder=encoder)
+    region = embed_region(slide, Grid(0.5, 130, 90, 210, 333), encoder=encoder)
+    assert tuple(whole) == PITCHES
+    for mpp in PITCHES:
+        assert whole[mpp].lattice == slide.grid.at(32 * mpp)
+        common = region[mpp].lattice.clip(whole[mpp].lattice)
+        assert common.height >= 1
+        assert common.width >= 1
+        ours, theirs = region[mpp].crop(common), whole[mpp].crop(common)
+        assert np.array_equal(ours.values, theirs.values, equal_nan=True)
+    assert region[0.5].lattice == Grid(16.0, 4, 2, 7, 12)
+
+
+def test_each_cell_is_the_embedding_of_its_tile(slide: Slide) -> None:
+    """Read tile by tile, without windows or batches; cells without tissue are NaN."""
+    encoder, tissue = ColourEncoder(), find_tissue(slide)
+    for mpp, one in embed_region(slide, slide.grid, encoder=encoder, tissue=tissue).items():
+        cover = tissue.cover(one.lattice)
+        assert np.array_equal(one.present, cover >= COVER)
+        assert one.present.any()
+        for row, column in np.argwhere(one.present):
+            tile = slide.read(Grid(mpp, int(row) * 32, int(column) * 32, 32, 32))
+            assert np.array_equal(one.values[row, column], encoder(tile[None])[0].astype(np.float16))
+
+
+def test_windows_without_tissue_are_not_read(slide: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+    tissue, read, grids = find_tissue(slide), Slide.read, []
+
+    def watch(self: Slide, grid: Grid) -> NDArray[np.uint8]:
+        grids.append(grid)
+        return read(self, grid)
+
+    monkeypatch.setattr(Slide, "read", watch)
+    embed_region(slide, Grid(0.5, 0, 420, 500, 200), encoder=ColourEncoder(), pitches=[0.5], tissue=tissue)
+    assert grids == []
+    embed_region(slide, slide.grid, encoder=ColourEncoder(), pitches=[0.5], tissue=tissue)
+    assert len(grids) == 1
+    assert grids[0].width < 400  # the tiles with tissue, not the window
+
+
+def test_batches_are_full_and_bounded(tissue_slide: Path) -> None:
+    encoder = ColourEncoder()
+    slide = open_slide(tissue_slide)
+    seen: list[tuple[int, int]] = []
+    maps = embed_region(slide, slide.grid, encoder=encoder, progress=lambda done, total: seen.append((done, total)))
+    tiles = sum(int(one.present.sum()) for one in maps.values())
+    assert sum(encoder.batches) == tiles
+    assert max(encoder.batches) <= 128
+    assert seen[-1] == (tiles, tiles)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_a_slide_becomes_a_store(picture: Path, tmp_path: Path) -> None:
+    report = embed_slide(picture, tmp_path / "out", encoder=ColourEncoder(), assume_mpp=0.5)
+    assert (report.status, report.mpp, report.exit_code) == ("done", 0.5, 0)
+    assert report.store == tmp_path / "out" / "a.zarr"
+    assert commit.verify(report.store) == []
+    store = EmbeddingStore.open(report.store)
+    assert tuple(store.maps) == PITCHES
+    assert report.tiles == sum(store.about["tiles"].values()) > 100
+    assert store.about["slide"] == {
+        "name": "a.png",
+        "mpp": 0.5,
+        "mpp_source": report.mpp_source,
+        "height": 500,
+        "width": 640,
+    }
+    assert store.about["synthetic"] is False
+    assert store.about["parameters"]["encoder"] == "colours"
+    assert store.tissue.fraction == pytest.approx(store.about["tissue_fraction"], abs=1e-4)
+    assert str(tmp_path) not in (report.store / commit.MANIFEST).read_text("utf-8")  # no paths of this machine
+
+
+def test_a_store_of_a_painted_slide_says_so(picture: Path, tmp_path: Path) -> None:
+    source = open_slide(picture, assume_mpp=0.5)
+    path = tmp_path / "painted.ome.zarr"
+    with commit.staged(path, kind="pyramid", about={}) as stage:
+        pyramid = Pyramid(stage, source.grid, about={"seed": 1})
+        pyramid.write(source.grid, source.read(source.grid))
+        pyramid.finish()
+    report = embed_slide(path, tmp_path / "out", encoder=ColourEncoder())
+    assert report.store.name == "painted.zarr"
+    assert report.mpp == 0.5
+    store = EmbeddingStore.open(report.store)
+    assert store.about["synthetic"] is True
+    original = embed_region(source, source.grid, encoder=ColourEncoder(), pitches=[0.5])[0.5]
+    assert np.array_equal(store.maps[0.5].values, original.values, equal_nan=True)  # a slide again, to the bit
+
+
+def test_again_is_nothing_to_do(picture: Path, tmp_path: Path) -> None:
+    first = embed_slide(picture, tmp_path, encoder=ColourEncoder(), assume_mpp=0.5)
+    before = {path: path.stat().st_mtime_ns for path in first.store.rglob("*")}
+    encoder = ColourEncoder()
+    for overwrite in (False, True):
+        report = embed_slide(picture, tmp_path, encoder=encoder, assume_mpp=0.5, overwrite=overwrite)
+        assert report.status == "unchanged"
+    assert encoder.batches == []
+    assert {path: path.stat().st_mtime_ns for path in first.store.rglob("*")} == before
+
+
+def test_other_parameters_are_refused_with_the_difference(picture: Path, tmp_path: Path) -> None:
+    embed_slide(picture, tmp_path, encoder=ColourEncoder(), assume_mpp=0.5)
+    with pytest.raises(RefusedError, match=r"encoder_weights was 1, is 2; mpp was 0\.5, is 0\.4") as error:
+        embed_slide(picture, tmp_path, encoder=ColourEncoder("2"), assume_mpp=0.4)
+    assert "\n" not in str(error.value)
+    report = embed_slide(picture, tmp_path, encoder=ColourEncoder("2"), assume_mpp=0.4, overwrite=True)
+    assert report.status == "done"
+    assert EmbeddingStore.open(report.store).about["parameters"]["encoder_weights"] == "2"
+
+
+def test_another_slide_under_the_same_name_is_refused(picture: Path, tmp_path: Path) -> None:
+    embed_slide(picture, tmp_path, encoder=ColourEncoder(), assume_mpp=0.5)
+    paint(picture, seed=1)
+    with pytest.raises(RefusedError, match="slide was"):
+        embed_slide(picture, tmp_path, encoder=ColourEncoder(), assume_mpp=0.5)
+
+
+def test_a_damaged_store_is_refused_and_can_be_made_again(picture: Path, tmp_path: Path) -> None:
+    report = embed_slide(picture, tmp_path, encoder=ColourEncoder(), assume_mpp=0.5)
+    next(path for path in (report.store / "tissue" / "c").rglob("*") if path.is_file()).unlink()
+    with pytest.raises(RefusedError, match="missing or cut short"):
+        embed_slide(picture, tmp_path, encoder=ColourEncoder(), assume_mpp=0.5)
+    embed_slide(picture, tmp_path, encoder=ColourEncoder(), assume_mpp=0.5, overwrite=True)
+    assert commit.verify(report.store) == []
+
+
+def test_a_blank_slide_is_a_valid_empty_store(tmp_path: Path) -> None:
+    report = embed_slide(paint(tmp_path / "b.png", blank=True), tmp_path, encoder=ColourEncoder(), assume_mpp=0.5)
+    assert (report.status, report.tiles, report.message) == ("empty", 0, "no tissue found")
+    store = EmbeddingStore.open(report.store)
+    assert store.tissue.fraction == 0
+    assert all(not one.present.any() for one in store.maps.values())
+    assert np.isnan(store.maps[2.0].read(Grid(2.0, 0, 0, 8, 8))).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (31, 33)])
+def test_a_slide_smaller_than_a_tile_is_embedded(tmp_path: Path, shape: tuple[int, int]) -> None:
+    Image.fromarray(np.full((*shape, 3), (225, 150, 185), np.uint8)).save(tmp_path / "tiny.png")
+    report = embed_slide(tmp_path / "tiny.png", tmp_path, encoder=ColourEncoder(), assume_mpp=0.5)
+    assert report.status in ("done", "empty")
+    assert EmbeddingStore.open(report.store).maps[8.0].lattice.shape == (1, 1)
+
+
+def test_a_bad_slide_costs_one_slide(picture: Path, tmp_path: Path) -> None:
+    (picture.parent / "b.svs").write_text("no slide")
+    paint(picture.parent / "c.png", seed=2)
+    reports = embed_slides(
+        [picture.parent, tmp_path / "absent.svs"], tmp_path / "out", encoder=ColourEncoder(), assume_mpp=0.5
+    )
+    assert [(report.path.name, report.status) for report in reports] == [
+        ("a.png", "done"),
+        ("b.svs", "failed"),
+        ("c.png", "done"),
+        ("absent.svs", "failed"),
+    ]
+    for failed in (reports[1], reports[3]):
+        assert failed.path.name in failed.message
+        assert "\n" not in failed.message
+        assert failed.exit_code == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.zarr", "c.zarr"]
+
+
+def test_a_slide_without_pixel_size_fails_alone_and_names_the_cure(picture: Path, tmp_path: Path) -> None:
+    (report,) = embed_slides([picture], tmp_path / "out", encoder=ColourEncoder())
+    assert report.status == "failed"
+    assert "--assume-mpp" in report.message
+
+
+def test_an_encoder_of_infinities_is_an_error(picture: Path, tmp_path: Path) -> None:
+    with pytest.raises(SlideError, match="not finite"):
+        embed_slide(picture, tmp_path / "out", encoder=BrokenEncoder(), assume_mpp=0.5)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_same_names_in_two_folders_do_not_collide(picture: Path, tmp_path: Path) -> None:
+    other = paint(tmp_path / "others" / "a.png", seed=3)
+    reports = embed_slides([picture, other], tmp_path / "out", encoder=ColourEncoder(), assume_mpp=0.5)
+    assert [report.status for report in reports] == ["done", "done"]
+    assert len({report.store for report in reports}) == 2
+    again = embed_slides([other, picture], tmp_path / "out", encoder=ColourEncoder(), assume_mpp=0.5)
+    assert [report.status for report in again] == ["unchanged", "unchanged"]
+
+
+def test_folders_are_searched_for_slides_and_stores_are_none(picture: Path, tmp_path: Path) -> None:
+    folder = picture.parent
+    for name in ("deep/er/B.SVS", "notes.txt", ".hidden/c.svs", "x.ome.zarr/zarr.json", "x.ome.zarr/0/d.tif"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "loop").symlink_to(folder)
+    embed_slide(picture, folder, encoder=ColourEncoder(), assume_mpp=0.5)
+    assert [path.relative_to(folder).as_posix() for path in find_slides([folder])] == [
+        "a.png",
+        "deep/er/B.SVS",
+        "x.ome.zarr",
+    ]
+    assert find_slides([picture, folder / "deep" / ".." / "a.png"]) == [picture]
+    assert find_slides([folder / "x.ome.zarr"]) == [folder / "x.ome.zarr"]
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UsageError, match="no slides"):
+        find_slides([tmp_path / "nothing"])
+
+
+def test_an_output_that_cannot_be_written_to_stops_everything(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError):
+        embed_slides([picture], tmp_path / "file", encoder=ColourEncoder(), assume_mpp=0.5)
+
+
+def test_names() -> None:
+    assert [slide_name(Path(name)) for name in ("a.svs", "b.ome.tif", "c.1.TIFF", "d.ome.zarr", "e")] == [
+        "a",
+        "b",
+        "c.1",
+        "d",
+        "e",
+    ]
+
+
+def test_fingerprints_follow_the_bytes(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.svs", tmp_path / "two.svs"
+    one.write_bytes(bytes(3 << 20))
+    shutil.copy(one, two)
+    assert slide_fingerprint(one) == slide_fingerprint(two)
+    with two.open("r+b") as file:
+        file.seek(2_000_000)
+        file.write(b"x")
+    assert slide_fingerprint(one) != slide_fingerprint(two)
+    (tmp_path / "z.zarr").mkdir()
+    (tmp_path / "z.zarr" / "zarr.json").write_text("{}")
+    before = slide_fingerprint(tmp_path / "z.zarr")
+    (tmp_path / "z.zarr" / "chunk").write_text("x")
+    assert slide_fingerprint(tmp_path / "z.zarr") != before
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[3:]
+from test_embed import ColourEncoder
+from wsi_brush import embed, store
+real, count = store._write, 0
+def write(*arguments):
+    global count
+    count += 1
+    if count == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*arguments)
+store._write = write
+embed.embed_slide(sys.argv[1], sys.argv[2], encoder=ColourEncoder(), assume_mpp=0.5)
+"""
+
+
+def test_a_killed_run_leaves_nothing_that_looks_done(picture: Path, tmp_path: Path) -> None:
+    out, here = tmp_path / "out", Path(__file__).parent
+    command = [sys.executable, "-c", KILLED, str(picture), str(out), str(here), str(here.parent)]
+    run = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    (stage,) = out.iterdir()
+    assert stage.name.startswith(commit.STAGE)
+    assert list((stage / "embeddings").iterdir())  # it had begun to write
+    with pytest.raises(RefusedError):
+        EmbeddingStore.open(stage)
+    report = embed_slide(picture, out, encoder=ColourEncoder(), assume_mpp=0.5)
+    assert report.status == "done"
+    assert list(out.iterdir()) == [report.store]
+
+
+@pytest.mark.skipif(not list(WEIGHTS.glob("**/*.safetensors")), reason="no bundled weights in this checkout yet")
+def test_the_bundled_encoder_tells_tissues_apart(slide: Slide) -> None:
+    from wsi_brush.encoder import load_encoder
+
+    encoder = load_encoder()
+    one = embed_region(slide, slide.grid, encoder=encoder, pitches=[0.5])[0.5]
+    assert one.values.shape == (*slide.grid.at(encoder.tile * 0.5).shape, encoder.dim)
+    vectors = one.values[one.present].astype(np.float64)
+    assert np.isfinite(vectors).all()
+    assert vectors.std(axis=0).max() > 0

@@ -1,0 +1,244 @@
+"""Encoders: one path for every name, the same bits whatever the company, nothing damaged or pickled is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from wsi_brush.commit import sha256_of
+from wsi_brush.encoder import BUNDLED, MICRO_BATCH, Encoder, load_encoder
+from wsi_brush.errors import MachineError, RefusedError, UsageError
+
+SIDE = 48
+
+
+def write_encoder(folder: Path, *, architecture: str = "mobilenetv3_small_050", standard: bool = True) -> Path:
+    """A tiny untrained encoder with its description; each call makes the same."""
+    torch.manual_seed(0)
+    network = timm.create_model(architecture, pretrained=False, num_classes=0)
+    tensors = {name: value.half() for name, value in network.state_dict().items() if value.is_floating_point()}
+    with torch.inference_mode():
+        dim = network.eval()(torch.zeros(1, 3, SIDE, SIDE)).shape[1]
+    if standard:
+        tensors |= {"embedding.mean": torch.full((dim,), 0.25), "embedding.std": torch.full((dim,), 2.0)}
+    path = folder / "tiny.safetensors"
+    save_file(tensors, path)
+    describe(path, architecture=architecture, dim=dim)
+    return path
+
+
+def describe(path: Path, **changes: object) -> None:
+    about = {
+        "name": "tiny",
+        "kwargs": {"num_classes": 0},
+        "tile": SIDE,
+        "mean": [0.7, 0.5, 0.6],
+        "std": [0.2, 0.25, 0.2],
+        "sha256": sha256_of(path),
+        "licence": "none",
+        "training": {},
+    }
+    path.with_suffix(".json").write_text(json.dumps(about | changes))
+
+
+def tiles(count: int, side: int = SIDE) -> NDArray[np.uint8]:
+    return np.random.default_rng(3).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    return load_encoder(str(write_encoder(tmp_path_factory.mktemp("encoder"))))
+
+
+def test_it_says_what_it_is(tmp_path: Path) -> None:
+    path = write_encoder(tmp_path)
+    encoder = load_encoder(str(path))
+    assert (encoder.name, encoder.tile, encoder.fingerprint) == ("tiny", SIDE, sha256_of(path))
+    assert encoder(tiles(2)).shape == (2, encoder.dim)
+    assert encoder(tiles(2)).dtype == np.float32
+    assert encoder.about.licence == "none"
+
+
+def test_it_is_the_network_on_normalised_pixels_standardised(tmp_path: Path) -> None:
+    path = write_encoder(tmp_path)
+    tensors = {name: value.float() for name, value in load_file(path).items() if not name.startswith("embedding.")}
+    network = timm.create_model("mobilenetv3_small_050", pretrained=False, num_classes=0)
+    network.load_state_dict(tensors)
+    rgb = tiles(5)
+    mean, std = np.array([0.7, 0.5, 0.6]), np.array([0.2, 0.25, 0.2])
+    pixels = torch.from_numpy(((rgb / 255 - mean) / std).astype(np.float32)).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = (network.eval()(pixels).numpy() - 0.25) / 2.0
+    np.testing.assert_allclose(load_encoder(str(path))(rgb), expected, atol=1e-4)
+
+
+def test_without_statistics_it_returns_what_the_network_returns(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    plain = load_encoder(str(write_encoder(tmp_path / "a", standard=False)))(tiles(2))
+    standardised = load_encoder(str(write_encoder(tmp_path / "b")))(tiles(2))
+    np.testing.assert_allclose((plain - 0.25) / 2.0, standardised, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, MICRO_BATCH, MICRO_BATCH + 1])
+def test_a_tile_has_the_same_bits_whatever_its_company(tiny: Encoder, count: int) -> None:
+    rgb = tiles(2 * MICRO_BATCH + 3)
+    whole = tiny(rgb)
+    np.testing.assert_array_equal(tiny(rgb[:count]), whole[:count])
+    np.testing.assert_array_equal(tiny(rgb[::-1])[::-1], whole)
+
+
+def test_a_tile_has_the_same_bits_on_one_thread_and_two(tiny: Encoder) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = tiny(tiles(5))
+        torch.set_num_threads(2)
+        two = tiny(tiles(5))
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(one, two)
+
+
+def test_it_reads_views_that_are_not_contiguous_and_leaves_them_alone(tiny: Encoder) -> None:
+    rgb = tiles(3)
+    turned = np.rot90(rgb, axes=(1, 2))
+    kept = turned.copy()
+    np.testing.assert_array_equal(tiny(turned), tiny(np.ascontiguousarray(turned)))
+    np.testing.assert_array_equal(turned, kept)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((SIDE, SIDE, 3), np.uint8), np.zeros((1, SIDE, SIDE + 1, 3), np.uint8), np.zeros((1, SIDE, SIDE, 3))],
+)
+def test_other_shapes_and_types_are_refused(tiny: Encoder, wrong: NDArray[np.uint8]) -> None:
+    with pytest.raises(ValueError, match=rf"\(n, {SIDE}, {SIDE}, 3\) in uint8"):
+        tiny(wrong)
+
+
+# what a user can do wrong -------------------------------------------------------------------------
+
+
+def test_an_unknown_name_is_answered_with_the_known_forms() -> None:
+    with pytest.raises(UsageError, match="bundled, timm:NAME, hf-hub:ORG/NAME or PATH.safetensors"):
+        load_encoder("uni")
+
+
+def test_an_unknown_timm_model_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="no such model"):
+        load_encoder("timm:resnet_of_dreams")
+
+
+def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        load_encoder(str(tmp_path / "none.safetensors"))
+
+
+def test_a_missing_description_is_refused(tmp_path: Path) -> None:
+    path = write_encoder(tmp_path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(RefusedError, match="tiny.json is missing"):
+        load_encoder(str(path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": "tiny"}'])
+def test_a_useless_description_is_refused(tmp_path: Path, text: str) -> None:
+    path = write_encoder(tmp_path)
+    path.with_suffix(".json").write_text(text)
+    with pytest.raises(RefusedError, match="tiny.json"):
+        load_encoder(str(path))
+
+
+def test_one_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = write_encoder(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RefusedError, match="sha256"):
+        load_encoder(str(path))
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    path = write_encoder(tmp_path)
+    describe(path, architecture="resnet10t", dim=512)
+    with pytest.raises(RefusedError, match="do not fit resnet10t"):
+        load_encoder(str(path))
+
+
+def test_an_architecture_that_timm_does_not_know_is_refused(tmp_path: Path) -> None:
+    path = write_encoder(tmp_path)
+    describe(path, architecture="resnet_of_dreams", dim=512)
+    with pytest.raises(RefusedError, match="do not fit resnet_of_dreams"):
+        load_encoder(str(path))
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.safetensors"
+    path.write_bytes(b"not tensors at all")
+    describe(path, architecture="mobilenetv3_small_050", dim=8)
+    with pytest.raises(RefusedError, match="do not fit"):
+        load_encoder(str(path))
+
+
+def test_an_absent_or_unknown_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match="CUDA"):
+        load_encoder(device="cuda")
+    with pytest.raises(UsageError, match="no device"):
+        load_encoder(device="abacus")
+
+
+@pytest.mark.parametrize("name", ["timm:resnet10t.c3_in1k", "hf-hub:someone/some-model"])
+def test_without_network_and_cache_the_message_says_what_to_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MachineError, match="not in the local cache") as caught:
+        load_encoder(name)
+    assert "\n" not in str(caught.value)
+
+
+# the bundled one ----------------------------------------------------------------------------------
+
+
+def test_the_bundled_encoder_is_small_and_loads() -> None:
+    encoder = load_encoder()
+    assert encoder.name == "bundled"
+    assert BUNDLED.stat().st_size <= 8e6
+    parameters = sum(value.numel() for value in load_file(BUNDLED).values())
+    assert parameters <= 6e6
+    assert encoder(tiles(1, encoder.tile)).shape == (1, encoder.dim)
+
+
+def test_the_bundled_encoder_tells_textures_and_colours_apart() -> None:
+    """Two tiles of one synthetic tissue are nearer than tiles that differ in colour or in coarseness."""
+    encoder = load_encoder()
+
+    def tissue(seed: int, colour: tuple[int, int, int], coarseness: int) -> NDArray[np.uint8]:
+        cells = np.random.default_rng(seed).random((128 // coarseness, 128 // coarseness)) < 0.3
+        spots = np.kron(cells, np.ones((coarseness, coarseness)))[..., None]
+        return (spots * np.array([90, 40, 120]) + (1 - spots) * np.array(colour)).astype(np.uint8)
+
+    pink, grey = (230, 150, 190), (200, 190, 215)
+    embedded = encoder(np.stack([tissue(0, pink, 8), tissue(1, pink, 8), tissue(2, grey, 8), tissue(3, pink, 2)]))
+    embedded /= np.linalg.norm(embedded, axis=1, keepdims=True)
+    same, colour, coarseness = embedded[0] @ embedded[1:].T
+    assert same > colour + 0.1
+    assert same > coarseness + 0.1
+
+
+def test_the_bundled_encoder_has_its_card() -> None:
+    card = BUNDLED.with_suffix(".md").read_text(encoding="utf-8")
+    for word in ("Balci", "CC BY 4.0", "not for diagnosis", sha256_of(BUNDLED)[:12]):
+        assert word in card

@@ -1,0 +1,331 @@
+"""The conditional operator of the brush: a sparse level on points, a grid level for layout.
+
+    sketch    points -> a narrow summary at 8 pixels -> splat         local, then a sum    (sweep A)
+    layout    nodes every 32 pixels: local operators, self-attention, cross-attention      (the barrier)
+    paint     points -> 2, 4, 8 pixels -> cross-attention -> 4, 2, 1 pixels                (sweep B)
+
+Only `layout` sees the whole canvas, and it sees 1/1024 of its points; `sketch` and `paint` have a
+finite reach, so a canvas of any size is painted tile by tile with one barrier a step. The operator is
+told its pitch in µm and places in µm, never fractions of an image: any extent, not only any resolution.
+
+∞-Brush (ECCV 2024) interleaves pixel-level self-attention with local operators, which costs a barrier
+each; here global tokens made by the layout take its place (`reference` order: see README, "The method").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .field import mollifier_radius, mollify
+from .operators import (
+    Block,
+    Coarsen,
+    CrossAttention,
+    Refine,
+    Scatter,
+    SelfAttention,
+    interpolate,
+    interpolate_at,
+    positional,
+    splat,
+    splat_at,
+)
+
+CELL = 8  # pixels between the points of the coarsest local lattice
+NODE = 32  # pixels between the nodes of the grid level
+_PLACES = 36  # positional features
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Sizes of the operator; `dim` is the encoder's, the rest is the one dial `width` and depths."""
+
+    dim: int
+    sets: int = 3  # pitches of embeddings
+    width: int = 48  # channels at 2 pixels; 2x at 4 pixels, 4x at 8 pixels and on the grid
+    depth: tuple[int, int, int] = (1, 2, 4)  # local operators at 2 and 4 pixels (down and up each), at 8 pixels
+    layout: int = 4  # local operators on the grid
+    heads: int = 6
+    tokens: int = 16  # global tokens that the layout emits
+    mollifier: float = 0.5  # standard deviation of A, pixels
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, for the brush's JSON."""
+        return asdict(self)
+
+    @property
+    def halo(self) -> int:
+        """Pixels around a tile that decide what `paint` and `sketch` say inside it; a multiple of CELL.
+
+        Walks the local operators back from the output: each reads one cell further at its own pitch.
+        """
+        down, middle, up = self.depth
+        reach = 2 * (down + 1)
+        reach = _up(reach, 4) + 4 * middle
+        reach = _up(reach, CELL) + CELL * up
+        reach += 4 * middle + 2 * down + mollifier_radius(self.mollifier)
+        return _up(reach, CELL)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ConditionMap:
+    """Embeddings of one pitch for a batch of scenes, in the scenes' own pixels.
+
+    values: (n, rows, columns, dim), zeros where absent; present: (n, rows, columns), 0 or 1; corner: (n, 2) row and
+    column of the first cell's outer corner in pixels; cell: side of a cell in pixels.
+    """
+
+    values: Tensor
+    present: Tensor
+    corner: Tensor
+    cell: float
+
+    def centres(self) -> tuple[Tensor, Tensor]:
+        """Rows (n, rows) and columns (n, columns) of the cells' centres, pixels."""
+        rows = self.corner[:, :1] + (torch.arange(self.values.shape[1]) + 0.5).to(self.corner) * self.cell
+        columns = self.corner[:, 1:] + (torch.arange(self.values.shape[2]) + 0.5).to(self.corner) * self.cell
+        return rows, columns
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that does not change within one evaluation: noise level, pitch, where the scene lies, what it shows.
+
+    signal: (n, signal); mpp: µm per pixel; origin: (n, 2) µm of the scenes' corner; tables: per set the projected
+    embeddings (n, rows, columns, channels); maps: where they lie; memory: sums of the sets for the cross-attention.
+    """
+
+    signal: Tensor
+    mpp: float
+    origin: Tensor
+    tables: list[Tensor]
+    maps: list[ConditionMap]
+    memory: list[Tensor]
+
+    def places(self, rows: Tensor, columns: Tensor, scene: int) -> Tensor:
+        """Positional features of places in pixels, (..., places)."""
+        return positional(
+            self.origin[scene, 0] + rows.double() * self.mpp, self.origin[scene, 1] + columns.double() * self.mpp
+        )
+
+
+class Denoiser(nn.Module):
+    """F(c_in A x, σ, pitch, condition): what `diffusion.Precondition` turns into an estimate of the image."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        one, two, four, signal = config.width, 2 * config.width, 4 * config.width, 128
+        down, middle, up = config.depth[0], config.depth[1], config.depth[2]
+        self.signal = nn.Sequential(nn.Linear(64 + 16, signal), nn.SiLU(), nn.Linear(signal, signal), nn.SiLU())
+
+        def blocks(channels: int, count: int) -> nn.ModuleList:
+            return nn.ModuleList(Block(channels, signal=signal) for _ in range(count))
+
+        self.embed = nn.ModuleList(nn.Linear(config.dim, four) for _ in range(config.sets))
+        self.absent = nn.Parameter(torch.randn(config.sets, four) * 0.02)  # a cell without tissue
+        self.unknown = nn.Parameter(torch.randn(config.sets, four) * 0.02)  # no condition: classifier-free guidance
+        self.place = nn.Linear(_PLACES, four)
+
+        self.sketch_in = nn.ModuleList([Coarsen(3, one // 2), Coarsen(one // 2, one), Coarsen(one, two)])
+        self.sketch_block = blocks(two, 1)
+        self.layout_in = nn.Linear(two, four)
+        self.layout_blocks = blocks(four, config.layout)
+        self.layout_self = SelfAttention(four, heads=config.heads)
+        self.layout_cross = CrossAttention(four, heads=config.heads, sets=config.sets)
+        self.token_score = nn.Linear(four, config.tokens)
+
+        self.enter2, self.enter4, self.enter8 = Coarsen(3, one), Coarsen(one, two), Coarsen(two, four)
+        self.down2, self.down4 = blocks(one, down), blocks(two, middle)
+        self.gather = nn.Linear(four, four)
+        self.middle8 = blocks(four, up)
+        self.cross8 = CrossAttention(four, heads=config.heads, sets=config.sets + 1)
+        self.leave8, self.leave4, self.leave2 = Refine(four, two), Refine(two, one), Refine(one, 3)
+        self.up4, self.up2 = blocks(two, middle), blocks(one, down + 1)
+        nn.init.zeros_(self.leave2.mix.weight)
+        nn.init.zeros_(self.leave2.mix.bias)
+
+    # -- what is said once per evaluation ------------------------------------------------------------------
+
+    def setting(
+        self, sigma: Tensor, mpp: float, condition: list[ConditionMap], *, origin: Tensor, known: Tensor | None = None
+    ) -> Setting:
+        """Noise levels (n,), pitch, embeddings; `known` (n,) is 0 where the condition is withheld."""
+        tables = []
+        for index, (project, lattice) in enumerate(zip(self.embed, condition, strict=True)):
+            present = lattice.present[..., None]
+            table = torch.lerp(self.absent[index].expand(*present.shape[:-1], -1), project(lattice.values), present)
+            if known is not None:
+                table = torch.lerp(self.unknown[index].expand_as(table), table, known[:, None, None, None])
+            tables.append(table)
+        setting = Setting(self.signal(_signal(sigma, mpp)), mpp, origin, tables, condition, [])
+        for table, lattice in zip(tables, condition, strict=True):
+            rows, columns = lattice.centres()
+            place = torch.stack(
+                [setting.places(rows[s][:, None] + 0 * columns[s], 0 * rows[s][:, None] + columns[s], s)
+                 for s in range(len(rows))]
+            )  # fmt: skip
+            setting.memory.append((table + self.place(place)).flatten(1, 2))
+        return setting
+
+    # -- sweep A -------------------------------------------------------------------------------------------
+
+    def sketch(self, x: Tensor, setting: Setting) -> Tensor:
+        """The splat of a window: (n, 3, h, w) with h, w multiples of NODE -> (n, h / 32, w / 32, 4, c)."""
+        u = mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous()
+        return splat(self._sketch(u, setting), NODE // CELL)
+
+    def _sketch(self, u: Tensor, setting: Setting, scatter: Scatter | None = None) -> Tensor:
+        levels = scatter.levels if scatter is not None else (None, None, None)
+        for coarsen, cells in zip(self.sketch_in, levels, strict=True):
+            u = functional.gelu(coarsen(u, cells))
+        for block in self.sketch_block:
+            u = block(u, setting.signal, levels[-1])
+        return u
+
+    def sketch_points(self, u: Tensor, scatter: Scatter, weight: float, setting: Setting, size: tuple[int, int]) -> Tensor:
+        """The splat of scattered points with quadrature weight `weight`, and its mass: (n, rows, columns, c + 1)."""
+        u = self._sketch(u, setting, scatter)
+        cells = scatter.levels[-1]
+        rows, columns = ((place + 0.5) * CELL / NODE for place in (cells.rows, cells.columns))
+        u = torch.cat([u, torch.ones_like(u[:, :1])], -1) * weight
+        shape = (len(setting.signal), size[0] // NODE + 1, size[1] // NODE + 1)
+        return splat_at(u, rows, columns, scene=cells.scene, shape=shape)
+
+    # -- the barrier ---------------------------------------------------------------------------------------
+
+    def layout(self, total: Tensor, mass: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+        """Node sums (n, r, c, channels) and their mass (n, r, c, 1) -> grid features and the paint's token memory.
+
+        Returns (n, r, c, 4 width) and global tokens (n, tokens, 4 width).
+        """
+        n, rows, columns = total.shape[:3]
+        at_rows = torch.arange(rows, device=total.device) * float(NODE)
+        at_columns = torch.arange(columns, device=total.device) * float(NODE)
+        u = self.layout_in(total / mass.clamp_min(1e-6)) + self._read(setting, at_rows, at_columns)
+        place = self._places(setting, at_rows, at_columns)
+        memory = self.layout_cross.remember(setting.memory)
+        weights = mass[..., 0] / mass.amax(dim=(1, 2, 3))[:, None, None].clamp_min(1e-6)
+        for depth, block in enumerate(self.layout_blocks):
+            u = block(u, setting.signal)
+            if depth == len(self.layout_blocks) // 2 - 1:
+                u = self.layout_self(u, place, weights)
+                u = self.layout_cross(u, place, memory)
+        score = self.token_score(functional.layer_norm(u, u.shape[-1:])).flatten(1, 2).softmax(1)
+        return u, torch.einsum("npt,npc->ntc", score, u.flatten(1, 2))
+
+    # -- sweep B -------------------------------------------------------------------------------------------
+
+    def memory(self, tokens: Tensor, setting: Setting) -> list[Tensor]:
+        """The four sets of the paint's cross-attention, summed: embeddings of every pitch, and the layout's tokens."""
+        return self.cross8.remember([*setting.memory, tokens])
+
+    def paint(
+        self, x: Tensor, setting: Setting, grid: Tensor, memory: list[Tensor], *, corner: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """F at a window (n, 3, h, w), h and w multiples of CELL, whose corner lies at pixel `corner` = rows (n,),
+        columns (n,) of its scene, multiples of CELL."""
+        u = mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous()
+        rows = (torch.arange(x.shape[2] // CELL, device=x.device) + 0.5) * CELL
+        columns = (torch.arange(x.shape[3] // CELL, device=x.device) + 0.5) * CELL
+        reads, places, gathered = [], [], []
+        for scene in range(len(x)):
+            at_rows, at_columns = rows + corner[0][scene], columns + corner[1][scene]
+            reads.append(self._read_one(setting, at_rows, at_columns, scene))
+            places.append(self._places_one(setting, at_rows, at_columns, scene))
+            gathered.append(interpolate(grid[scene], at_rows / NODE, at_columns / NODE))
+        read, place, layout = torch.stack(reads), self.place(torch.stack(places)), torch.stack(gathered)
+        out = self._paint(u, setting, read + self.gather(layout), place, memory)
+        return out.permute(0, 3, 1, 2)
+
+    def paint_points(
+        self, u: Tensor, scatter: Scatter, setting: Setting, grid: Tensor, memory: list[Tensor]
+    ) -> Tensor:
+        """F at scattered points: mollified values (points, 3) -> (points, 3)."""
+        cells = scatter.levels[-1]
+        read, place, layout = (u.new_zeros(len(cells.keys), width) for width in (grid.shape[-1], _PLACES, grid.shape[-1]))
+        for scene in range(len(grid)):
+            mine = (cells.scene == scene).nonzero()[:, 0]
+            rows, columns = ((at[mine] + 0.5) * CELL for at in (cells.rows, cells.columns))
+            total = sum(
+                interpolate_at(table[scene], *_in_cells(lattice, rows, columns, scene))
+                for table, lattice in zip(setting.tables, setting.maps, strict=True)
+            )
+            read = read.index_copy(0, mine, torch.as_tensor(total))
+            place = place.index_copy(0, mine, setting.places(rows, columns, scene))
+            layout = layout.index_copy(0, mine, interpolate_at(grid[scene], rows / NODE, columns / NODE))
+        return self._paint(u, setting, read + self.gather(layout), self.place(place), memory, scatter)
+
+    def _paint(
+        self, u: Tensor, setting: Setting, given: Tensor, place: Tensor, memory: list[Tensor],
+        scatter: Scatter | None = None,
+    ) -> Tensor:  # fmt: skip
+        at2, at4, at8 = scatter.levels if scatter is not None else (None, None, None)
+        fine = self.enter2(u, at2)
+        for block in self.down2:
+            fine = block(fine, setting.signal, at2)
+        mid = self.enter4(fine, at4)
+        for block in self.down4:
+            mid = block(mid, setting.signal, at4)
+        u = self.enter8(mid, at8) + given
+        for depth, block in enumerate(self.middle8):
+            u = block(u, setting.signal, at8)
+            if depth == len(self.middle8) // 2 - 1:
+                u = self.cross8(u, place, memory, at8)
+        mid = mid + self.leave8(u, at8)
+        for block in self.up4:
+            mid = block(mid, setting.signal, at4)
+        fine = fine + self.leave4(mid, at4)
+        for block in self.up2:
+            fine = block(fine, setting.signal, at2)
+        return self.leave2(fine, at2)
+
+    # -- reading the condition -----------------------------------------------------------------------------
+
+    def _read_one(self, setting: Setting, rows: Tensor, columns: Tensor, scene: int) -> Tensor:
+        total = torch.zeros(len(rows), len(columns), setting.tables[0].shape[-1], device=rows.device)
+        for table, lattice in zip(setting.tables, setting.maps, strict=True):
+            total = total + interpolate(table[scene], *_in_cells(lattice, rows, columns, scene))
+        return total
+
+    def _places_one(self, setting: Setting, rows: Tensor, columns: Tensor, scene: int) -> Tensor:
+        return setting.places(rows[:, None] + 0 * columns, 0 * rows[:, None] + columns, scene)
+
+    def _read(self, setting: Setting, rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.stack([self._read_one(setting, rows, columns, s) for s in range(len(setting.signal))])
+
+    def _places(self, setting: Setting, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.place(
+            torch.stack([self._places_one(setting, rows, columns, s) for s in range(len(setting.signal))])
+        )
+
+
+def _in_cells(lattice: ConditionMap, rows: Tensor, columns: Tensor, scene: int) -> tuple[Tensor, Tensor]:
+    """Pixels of a scene as positions on an embedding lattice, 0 at the first cell's centre."""
+    corner = lattice.corner[scene]
+    return (rows - corner[0]) / lattice.cell - 0.5, (columns - corner[1]) / lattice.cell - 0.5
+
+
+def _signal(sigma: Tensor, mpp: float) -> Tensor:
+    """Noise level and pitch as waves: (n,) -> (n, 80)."""
+    level = sigma.log()[:, None] / 4
+    waves = torch.exp(torch.linspace(math.log(1.0), math.log(100.0), 32, device=sigma.device))
+    octave = torch.full_like(level, math.log2(mpp))
+    turns = 2 * math.pi * octave / 2.0 ** torch.arange(1, 9, device=sigma.device)
+    parts = [(level * waves).sin(), (level * waves).cos(), turns.sin(), turns.cos()]
+    return torch.cat(parts, -1)
+
+
+def batched(maps: Mapping[float, ConditionMap]) -> list[ConditionMap]:
+    """The condition's maps in the order of their pitch, finest first."""
+    return [maps[pitch] for pitch in sorted(maps)]

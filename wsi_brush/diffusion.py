@@ -1,0 +1,173 @@
+"""Forward process, objective, noise levels and solvers.
+
+The state is x_σ = u_0 + σ ξ with white ξ: the paper's u_t = √ᾱ A u_0 + √(1-ᾱ) A ξ is √ᾱ A x_σ at
+σ² = (1-ᾱ)/ᾱ, since A acts on signal and noise alike. So the state that is stored stays white (local to
+a tile, exact across resolutions) and the operator is *fed* A x. Log-SNR is -2 ln σ.
+
+**Progressive resolution.** The mean over 2 x 2 pixels of x_σ is u_0's mean plus noise of σ/2: an
+orthonormal Haar level of the state is itself a diffusion, of the block-mean image. So a canvas starts
+at a coarse pitch, and a finer one takes over when its detail rises above the noise (`Ladder`).
+
+Solvers see only `denoise(x, sigma)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .field import NoiseField
+from .grid import Grid
+
+Objective = Literal["v", "x0"]
+SIGMA_DATA = 0.5  # root mean square of an H&E image in [-1, 1], every pitch
+
+
+def coefficients(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(skip, out, in) with which D(x, σ) = skip x + out F(in A x, σ): Karras et al. (2022), Table 1.
+
+    With these, F's target is the velocity v of Salimans and Ho (2022), in units of the data.
+    """
+    total = sigma**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / total, sigma * SIGMA_DATA / total.sqrt(), 1 / total.sqrt()
+
+
+def target(image: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """What F should say: (image - skip x) / out. `sigma` broadcasts against the images."""
+    skip, out, _ = coefficients(sigma)
+    return (image - skip * noisy) / out
+
+
+def loss(said: Tensor, image: Tensor, noisy: Tensor, sigma: Tensor, *, objective: Objective = "v") -> Tensor:
+    """Squared error at every value. `v`: flat over noise levels; `x0`: of the image itself, in units of the data."""
+    error = (said - target(image, noisy, sigma)) ** 2
+    if objective == "v":
+        return error
+    _, out, _ = coefficients(sigma)
+    return error * (out / SIGMA_DATA) ** 2
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One pitch of the ladder: the noise levels (in its own block-mean image) at which the solver works there."""
+
+    mpp: float
+    sigmas: tuple[float, ...]  # decreasing; the last is where the rung ends: 0, or the hand-over
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Which pitch works at which noise, from the spectrum of the data.
+
+    pitches: µm, finest first, each twice the last; details: standard deviation, finest first, of what the mean over
+    2 x 2 pixels of each pitch loses; tolerance: a pitch takes over when (detail / σ)² reaches it; sigma_max: where the
+    coarsest pitch starts; sigma_min: where the finest ends.
+    """
+
+    pitches: tuple[float, ...]
+    details: tuple[float, ...]
+    tolerance: float = 0.08
+    sigma_max: float = 80.0
+    sigma_min: float = 0.02
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, for the brush's JSON."""
+        return asdict(self)
+
+    def entry(self, level: int) -> float:
+        """σ, in the image of pitch `level`, at which it takes over from the coarser one."""
+        if level == len(self.pitches) - 1:
+            return self.sigma_max
+        return self.details[level] / math.sqrt(self.tolerance)
+
+    def span(self, level: int) -> tuple[float, float]:
+        """The noise levels (low, high) that the solver visits at a pitch."""
+        return (self.entry(level - 1) / 2 if level else self.sigma_min), self.entry(level)
+
+    def rungs(self, steps: int, *, progressive: bool = True) -> list[Rung]:
+        """About `steps` evaluations, evenly spaced in log-SNR over the whole range; coarsest pitch first.
+
+        Not progressive: the finest pitch does all of it, from the same start.
+        """
+        top = len(self.pitches) - 1
+        if not progressive:
+            start = self.sigma_max * 2.0**top
+            return [Rung(self.pitches[0], (*_geometric(start, self.sigma_min, steps), 0.0))]
+        spans = [self.span(level) for level in range(top + 1)]
+        total = sum(math.log(high / low) for low, high in spans)
+        rungs = []
+        for level in range(top, -1, -1):
+            low, high = spans[level]
+            count = max(1, round(steps * math.log(high / low) / total))
+            ends = (*_geometric(high, low, count), 0.0) if level == 0 else _geometric(high, low, count + 1)
+            rungs.append(Rung(self.pitches[level], ends))
+        return rungs
+
+
+def _geometric(high: float, low: float, count: int) -> tuple[float, ...]:
+    """`count` levels from high to low, both included (only `high` where count is 1)."""
+    return tuple(high * (low / high) ** (index / max(count - 1, 1)) for index in range(count))
+
+
+def finer(x: Tensor, sigma: float, detail: float, noise: Tensor) -> Tensor:
+    """The state at half the pitch: (c, h, w) at `sigma` -> (c, 2h, 2w) at 2 sigma.
+
+    Each pixel becomes four with the same mean; their differences are the noise's own (white of variance (2σ)² overall)
+    plus the data's mean detail power, so that marginal variances are right from the start (moment matching).
+    `noise` is white (c, 2h, 2w), `detail` the standard deviation of the data's detail at the finer pitch.
+    """
+    c, h, w = x.shape
+    blocks = noise.reshape(c, h, 2, w, 2)
+    blocks = blocks - blocks.mean(dim=(2, 4), keepdim=True)
+    # differences from the mean of four keep 3/4 of white noise's variance: 4σ² x 3/4 of noise, and detail² of data
+    scale = math.sqrt((2 * sigma) ** 2 + detail**2 * 4 / 3)
+    return (x[:, :, None, :, None] + scale * blocks).reshape(c, 2 * h, 2 * w)
+
+
+Denoise = Callable[[Tensor, float], Tensor]
+Solver = Literal["2m", "ddim", "heun", "ancestral"]
+
+
+def solve(denoise: Denoise, x: Tensor, sigmas: Sequence[float], *, solver: Solver = "2m", noise: NoiseField | None = None,
+          place: Grid | None = None) -> Tensor:  # fmt: skip
+    """Carry the state x from sigmas[0] to sigmas[-1].
+
+    2m: DPM-Solver++(2M), Lu et al. (2022), Alg. 2; ddim: its first order; heun: Karras et al. (2022), Alg. 2;
+    ancestral: DDIM with η = 1, whose fresh noise is read from `noise` at `place`.
+    """
+    old: Tensor | None = None
+    before = 0.0
+    for index, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        image = denoise(x, sigma)
+        if following == 0:
+            return image
+        estimate = image
+        if solver == "2m" and old is not None:
+            ratio = math.log(before / sigma) / math.log(sigma / following)
+            estimate = image + (image - old) / (2 * ratio)
+        elif solver == "heun":
+            ahead = step(x, image, sigma, following)
+            slope = (x - image) / sigma + (ahead - denoise(ahead, following)) / following
+            x = x + (following - sigma) * slope / 2
+            continue
+        down = following
+        if solver == "ancestral":
+            if noise is None or place is None:
+                raise ValueError("the ancestral solver needs a noise field and the canvas it is read on")
+            up = min(following, math.sqrt(following**2 * (sigma**2 - following**2) / sigma**2))
+            down = math.sqrt(following**2 - up**2)
+        x = step(x, estimate, sigma, down)
+        if solver == "ancestral" and noise is not None and place is not None:
+            x = x + up * noise.read(place, stream=1000 + index, device=str(x.device))
+        old, before = image, sigma
+    return x
+
+
+def step(x: Tensor, image: Tensor, sigma: float, following: float) -> Tensor:
+    """Along the straight line from the image through x, from σ to the next."""
+    return torch.lerp(image, x, following / sigma)

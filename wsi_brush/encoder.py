@@ -1,0 +1,309 @@
+"""A tile becomes a vector.
+
+One path for every encoder: `load_encoder` turns a name into weights, a description and a timm network, and an
+`Encoder` is all three. The bundled one is small and needs no download; others come from timm, from the Hugging Face
+hub, or from a local safetensors file with a description (JSON) of the same layout beside it:
+
+    {"name": ..., "architecture": timm's name, "kwargs": {...}, "tile": pixels, "mean": [3], "std": [3],
+     "dim": ..., "sha256": of the safetensors file, "licence": ..., "training": {...}}
+
+Two tensors of such a file may describe the embedding itself, `embedding.mean` and `embedding.std`: where they are,
+the encoder standardises what it returns, so that a cosine of 0 means "no more alike than any two tiles".
+Weights are safetensors only: a pickle can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .commit import sha256_of
+from .errors import MachineError, RefusedError, UsageError, WsiBrushError
+
+BUNDLED = Path(__file__).parent / "weights" / "encoder.safetensors"
+MICRO_BATCH = 32
+"""Tiles seen at once, always: an embedding then never depends on which tiles came along."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What must be known of an encoder beside its weights: tile in px, `mean` and `std` of the 0..1 pixels."""
+
+    name: str
+    tile: int
+    dim: int
+    fingerprint: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    licence: str = "unknown"
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@final
+class Encoder:
+    """A tile becomes a vector: (n, tile, tile, 3) uint8 -> (n, dim) float32.
+
+    Tiles go through the network `MICRO_BATCH` at a time, the last ones filled up with blank ones, so that
+    convolutional encoders give on a CPU the same bits for a tile whatever its company.
+    """
+
+    def __init__(self, network: nn.Module, about: About, *, device: str = "cpu") -> None:
+        self.about = about
+        self._device = _find_device(device)
+        std = getattr(network, "embedding_std", torch.ones(about.dim))
+        mean = getattr(network, "embedding_mean", torch.zeros(about.dim))
+        self._spread, self._centre = std.to(self._device), mean.to(self._device)
+        self._scale = (1 / (255 * torch.tensor(about.std))).view(1, 3, 1, 1).to(self._device)
+        self._shift = (-torch.tensor(about.mean) / torch.tensor(about.std)).view(1, 3, 1, 1).to(self._device)
+        self._network = network.eval().requires_grad_(False)
+        self._network.to(device=self._device, dtype=torch.float32, memory_format=torch.channels_last)
+
+    def __repr__(self) -> str:
+        return f"Encoder({self.name!r}, dim={self.dim}, tile={self.tile})"
+
+    @property
+    def name(self) -> str:
+        """The word that `load_encoder` was given, or the name in the description of a local file."""
+        return self.about.name
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+        return self.about.dim
+
+    @property
+    def tile(self) -> int:
+        """Side of the square it sees, px, at any pitch."""
+        return self.about.tile
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        return self.about.fingerprint
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed tiles: (n, tile, tile, 3) uint8 -> (n, dim) float32.
+
+        Raises:
+            ValueError: if the tiles have another shape or type.
+        """
+        if tiles.ndim != 4 or tiles.shape[1:] != (self.tile, self.tile, 3) or tiles.dtype != np.uint8:
+            raise ValueError(
+                f"{self.name} takes tiles of shape (n, {self.tile}, {self.tile}, 3) in uint8, "
+                f"not {tiles.shape} in {tiles.dtype}"
+            )
+        embeddings = np.empty((len(tiles), self.dim), np.float32)
+        for start in range(0, len(tiles), MICRO_BATCH):
+            part = tiles[start : start + MICRO_BATCH]
+            batch = np.zeros((MICRO_BATCH, *tiles.shape[1:]), np.uint8)
+            batch[: len(part)] = part
+            embeddings[start : start + len(part)] = self._embed(torch.from_numpy(batch))[: len(part)].numpy()
+        return embeddings
+
+    @torch.inference_mode()
+    def _embed(self, batch: Tensor) -> Tensor:
+        # A permuted (n, y, x, c) array is channels-last already: no copy.
+        pixels = batch.to(self._device).permute(0, 3, 1, 2).float() * self._scale + self._shift
+        pooled: Tensor = self._network(pixels)
+        return ((pooled - self._centre) / self._spread).float().cpu()
+
+
+def load_encoder(name: str = "bundled", *, device: str = "cpu") -> Encoder:
+    """Load the encoder called `bundled`, `timm:NAME`, `hf-hub:ORG/NAME[@REVISION]` or `PATH.safetensors`.
+
+    Only `timm:` and `hf-hub:` may use the network, and only for what is not in the Hugging Face cache.
+
+    Raises:
+        UsageError: if there is no such encoder or device.
+        MachineError: if weights have to be fetched and cannot be, or the device is not there.
+        RefusedError: if weights are damaged, pickled, or do not fit their description.
+    """
+    _find_device(device)  # before minutes of downloading
+    if name == "bundled":
+        if not BUNDLED.is_file():
+            raise MachineError(f"{BUNDLED}: the bundled encoder is missing; install wsi-brush again")
+        return _load_file(BUNDLED, name=name, device=device)
+    if name.startswith("timm:"):
+        return _load_timm(name, name.removeprefix("timm:"), device=device)
+    if name.startswith("hf-hub:"):
+        return _load_timm(name, name, device=device)
+    if name.endswith(".safetensors"):
+        if not Path(name).is_file():
+            raise UsageError(f"{name}: no such file; expected the weights of an encoder")
+        return _load_file(Path(name), name=None, device=device)
+    raise UsageError(f"{name!r} is no encoder; expected bundled, timm:NAME, hf-hub:ORG/NAME or PATH.safetensors")
+
+
+# a file and its description -----------------------------------------------------------------------
+
+
+def _load_file(path: Path, *, name: str | None, device: str) -> Encoder:
+    import timm
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    described = _read_description(path)
+    digest = sha256_of(path)
+    if digest != described["sha256"]:
+        raise RefusedError(
+            f"{path}: damaged or exchanged (sha256 {digest[:12]}, its description says "
+            f"{str(described['sha256'])[:12]}); get both files again"
+        )
+    about = About(
+        name=name or str(described["name"]),
+        tile=int(described["tile"]),
+        dim=int(described["dim"]),
+        fingerprint=digest,
+        mean=_three(described["mean"]),
+        std=_three(described["std"]),
+        licence=str(described.get("licence", "unknown")),
+        training=described.get("training", {}),
+    )
+    try:
+        tensors = load_file(path)
+        network = timm.create_model(described["architecture"], pretrained=False, **described["kwargs"])
+        standard = {
+            key: tensors.pop(f"embedding.{key}").float() for key in ("mean", "std") if f"embedding.{key}" in tensors
+        }
+        network.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RefusedError(f"{path}: the weights do not fit {described['architecture']} ({reason})") from None
+    for key, value in standard.items():
+        if value.shape != (about.dim,):
+            raise RefusedError(f"{path}: embedding.{key} has shape {tuple(value.shape)}, expected ({about.dim},)")
+        network.register_buffer(f"embedding_{key}", value)
+    return Encoder(network, about, device=device)
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    beside = path.with_suffix(".json")
+    try:
+        described = json.loads(beside.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RefusedError(
+            f"{path}: {beside.name} is missing beside it; it says how the weights are to be used"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{beside}: cannot be read ({error}); get it again") from None
+    needed = {"name", "architecture", "kwargs", "tile", "mean", "std", "dim", "sha256"}
+    missing = needed - set(described) if isinstance(described, dict) else needed
+    if missing:
+        raise RefusedError(f"{beside}: lacks {', '.join(sorted(missing))}; expected the description of an encoder")
+    return dict(described)
+
+
+# timm and the Hugging Face hub --------------------------------------------------------------------
+
+
+def _load_timm(name: str, model: str, *, device: str) -> Encoder:
+    import timm
+    from timm.data import resolve_model_data_config
+
+    if not model.startswith("hf-hub:"):
+        described = timm.models.get_pretrained_cfg(model, allow_unregistered=True) if timm.is_model(model) else None
+        if described is None:
+            raise UsageError(
+                f"{name}: timm {timm.__version__} has no such model; see timm.list_models(pretrained=True)"
+            )
+        repository = described.hf_hub_id
+        if not repository:
+            raise RefusedError(f"{name}: no weights in safetensors are published for it; choose another tag")
+        filename = described.hf_hub_filename
+    else:
+        repository, filename = model.removeprefix("hf-hub:"), None
+    try:
+        _fetch_safetensors(name, repository, filename)
+        network = timm.create_model(model, pretrained=True, num_classes=0)
+    except (RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RefusedError(f"{name}: timm {timm.__version__} cannot build it ({reason})") from None
+    except OSError as error:
+        raise _explain(name, error) from None
+    config = resolve_model_data_config(network)
+    tile = int(config["input_size"][-1])
+    with torch.inference_mode():
+        dim = network.eval()(torch.zeros(1, 3, tile, tile)).shape[1]
+    about = About(
+        name=name,
+        tile=tile,
+        dim=int(dim),
+        fingerprint=_hash_state(network),
+        mean=_three(config["mean"]),
+        std=_three(config["std"]),
+        licence=str(getattr(network, "pretrained_cfg", {}).get("license") or "unknown"),
+    )
+    return Encoder(network, about, device=device)
+
+
+def _fetch_safetensors(name: str, repository: str, filename: str | None) -> None:
+    """Have the weights in the hub's cache as safetensors, so that timm does not fall back to a pickle."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    place, _, revision = repository.partition("@")
+    wanted = [f"{Path(filename).stem}.safetensors"] if filename else ["model.safetensors", "pytorch_model.safetensors"]
+    for candidate in wanted:
+        try:
+            hf_hub_download(place, candidate, revision=revision or None)
+            return
+        except HFValidationError:
+            raise UsageError(f"{name}: {place!r} is no name on the hub; expected hf-hub:ORG/NAME[@REVISION]") from None
+        except LocalEntryNotFoundError as error:  # the network failed, or is not to be used
+            raise _explain(name, error) from None
+        except EntryNotFoundError:
+            continue
+        except (OSError, *HfHubHTTPError.__bases__) as error:  # ... of whichever HTTP library the hub is built on
+            raise _explain(name, error) from None
+    raise RefusedError(f"{name}: {place} has no {' or '.join(wanted)}; pickled weights are not loaded")
+
+
+def _explain(name: str, error: Exception) -> WsiBrushError:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return MachineError(
+            f"{name}: access is gated; ask for it on the model's page, then log in with `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return UsageError(f"{name}: no such model on the hub, or it is private and you are not logged in")
+    return MachineError(
+        f"{name}: its weights are not in the local cache and cannot be fetched ({type(error).__name__}); "
+        "connect once, copy the cache here and set HF_HOME, or use the bundled encoder"
+    )
+
+
+# pieces -------------------------------------------------------------------------------------------
+
+
+def _find_device(device: str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"{device!r} is no device; expected cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise MachineError(f"{device}: no CUDA device is available to PyTorch here; use cpu")
+    return found
+
+
+def _hash_state(network: nn.Module) -> str:
+    """SHA-256 of names, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

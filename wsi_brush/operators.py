@@ -1,0 +1,350 @@
+"""Neural operators: maps between functions, given by their values at points.
+
+Every operator here is written once for features `(..., channels)` and knows two kinds of domain:
+
+* a **lattice**: `(n, rows, columns, channels)`, every point present (a window of a canvas), and
+* a **scatter**: `(points, channels)` at any subset of a lattice (`Scatter` below).
+
+Kernels are normalised by the neighbours that are present, so the same weights approximate the same
+integral at any density, and both domains give equal results where both apply. Nothing depends on
+statistics over space: an operator is pointwise, or has a stated reach, or is a sum over points (the
+splat, attention) that may be taken in any order. That is what lets a canvas be painted tile by tile.
+
+Sources: kernel-integral operators on sparse points, Bond-Taylor and Willcocks, "∞-Diff" (2024);
+heterogeneous normalised linear attention, Hao et al., "GNOT" (2023); both joined in "∞-Brush" (2024).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+REACH = 1  # cells to either side that a kernel-integral operator reads
+_SLOTS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1))
+_ROOM = 1 << 20  # cells on a side that a scatter's keys can tell apart
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The occupied cells of one pitch: who lives next door, and who lives inside.
+
+    keys: (cells,) sorted, one integer a cell; neighbours: (cells, 9) index or -1;
+    children: (points below, ) -> cell; slots: (points below,) the child's place in its cell, 0 to 3.
+    """
+
+    keys: Tensor
+    neighbours: Tensor
+    children: Tensor
+    slots: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """Row of every cell at its own pitch."""
+        return (self.keys // _ROOM) % _ROOM
+
+    @property
+    def columns(self) -> Tensor:
+        """Column of every cell at its own pitch."""
+        return self.keys % _ROOM
+
+    @property
+    def scene(self) -> Tensor:
+        """Which scene of the batch every cell belongs to."""
+        return self.keys // (_ROOM * _ROOM)
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Scattered points of several scenes, and their cells at 2, 4, 8, ... times the pitch."""
+
+    scene: Tensor  # (points,)
+    rows: Tensor  # (points,)
+    columns: Tensor  # (points,)
+    levels: tuple[Cells, ...]
+
+    @staticmethod
+    def of(scene: Tensor, rows: Tensor, columns: Tensor, *, levels: int) -> Scatter:
+        """Index the points of a batch; at most one point a place."""
+        cells: list[Cells] = []
+        below = (scene.long() * _ROOM + rows.long()) * _ROOM + columns.long()
+        for _ in range(levels):
+            r, c = (below // _ROOM) % _ROOM, below % _ROOM
+            above = ((below // (_ROOM * _ROOM)) * _ROOM + r // 2) * _ROOM + c // 2
+            keys, children = torch.unique(above, return_inverse=True)
+            cells.append(Cells(keys, _neighbours(keys), children, (r % 2) * 2 + c % 2))
+            below = keys
+        return Scatter(scene, rows, columns, tuple(cells))
+
+
+def _neighbours(keys: Tensor) -> Tensor:
+    rows, columns = (keys // _ROOM) % _ROOM, keys % _ROOM
+    found = []
+    for down, right in _SLOTS:
+        wanted = keys + down * _ROOM + right
+        inside = (rows + down >= 0) & (columns + right >= 0)
+        index = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+        found.append(torch.where(inside & (keys[index] == wanted), index, -1))
+    return torch.stack(found, 1)
+
+
+class KernelIntegral(nn.Module):
+    """(K u)(x) = mean over the present y near x of k(y - x) u(y), times the kernel's size: depthwise, 3 x 3 cells."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(channels, 1, 3, 3) / 9)
+        self.bias = nn.Parameter(torch.zeros(channels))
+        with torch.no_grad():
+            self.kernel[:, 0, 1, 1] += 1
+
+    def forward(self, u: Tensor, cells: Cells | None = None) -> Tensor:
+        """(n, rows, columns, c) on a lattice, (cells, c) on a scatter; the same shape comes back."""
+        if cells is not None:
+            present = cells.neighbours >= 0
+            near = u[cells.neighbours.clamp_min(0)] * present[..., None]
+            total = torch.einsum("pkc,ck->pc", near, self.kernel.flatten(1))
+            return total * (9.0 / present.sum(1, keepdim=True)) + self.bias
+        total = functional.conv2d(u.permute(0, 3, 1, 2), self.kernel, padding=REACH, groups=u.shape[-1])
+        return total.permute(0, 2, 3, 1) * _border(u) + self.bias
+
+
+def _border(u: Tensor) -> Tensor:
+    """9 / (number of neighbours present) on a lattice: 1 inside, more along its edges. (rows, columns, 1)."""
+    counts = []
+    for length in u.shape[1:3]:
+        count = torch.full((length,), 3.0, device=u.device)
+        count[0] -= 1
+        count[-1] -= 1
+        counts.append(count)
+    return (9.0 / (counts[0][:, None] * counts[1]))[..., None].to(u.dtype)
+
+
+class Coarsen(nn.Module):
+    """To twice the pitch: each child has its own matrix; a mean over the present children times four."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4 * channels, out)
+
+    def forward(self, u: Tensor, cells: Cells | None = None) -> Tensor:
+        """(n, 2 rows, 2 columns, c) -> (n, rows, columns, out), or (points, c) -> (cells, out)."""
+        if cells is not None:
+            room = u.new_zeros(len(cells.keys), 4, u.shape[-1])
+            room = room.index_put((cells.children, cells.slots), u)
+            count = torch.zeros(len(cells.keys), device=u.device).index_add(
+                0, cells.children, torch.ones(len(u), device=u.device)
+            )
+            return self.mix((room * (4.0 / count)[:, None, None]).flatten(1))
+        n, rows, columns, c = u.shape
+        children = u.reshape(n, rows // 2, 2, columns // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+        return self.mix(children.reshape(n, rows // 2, columns // 2, 4 * c))
+
+
+class Refine(nn.Module):
+    """To half the pitch: each child of a cell has its own matrix."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(channels, 4 * out)
+
+    def forward(self, u: Tensor, cells: Cells | None = None) -> Tensor:
+        """(n, rows, columns, c) -> (n, 2 rows, 2 columns, out), or (cells, c) -> (points, out)."""
+        children = self.mix(u)
+        if cells is not None:
+            return children.unflatten(-1, (4, -1))[cells.children, cells.slots]
+        n, rows, columns, c = children.shape
+        children = children.reshape(n, rows, columns, 2, 2, c // 4).permute(0, 1, 3, 2, 4, 5)
+        return children.reshape(n, 2 * rows, 2 * columns, c // 4)
+
+
+class Block(nn.Module):
+    """A residual local operator: kernel integral, channel norm, modulation by noise level and pitch, two matrices."""
+
+    def __init__(self, channels: int, *, signal: int, expand: int = 2) -> None:
+        super().__init__()
+        self.kernel = KernelIntegral(channels)
+        self.modulate = nn.Linear(signal, 2 * channels)
+        self.widen = nn.Linear(channels, expand * channels)
+        self.narrow = nn.Linear(expand * channels, channels)
+        nn.init.zeros_(self.narrow.weight)
+        nn.init.zeros_(self.narrow.bias)
+
+    def forward(self, u: Tensor, signal: Tensor, cells: Cells | None = None) -> Tensor:
+        """`signal`: (n, signal), one row a scene."""
+        scale, shift = _spread(self.modulate(signal), cells).chunk(2, -1)
+        h = functional.layer_norm(self.kernel(u, cells), u.shape[-1:])
+        h = functional.gelu(self.widen(torch.addcmul(shift, h, 1 + scale)))
+        return u + self.narrow(h)
+
+
+def _spread(signal: Tensor, cells: Cells | None) -> Tensor:
+    return signal[:, None, None, :] if cells is None else signal[cells.scene]
+
+
+class TokenSet(nn.Module):
+    """One condition set as keys and values: what cross-attention remembers of it is a sum over its tokens.
+
+    S = Σ_j w_j k_j v_jᵀ and n = Σ_j w_j k_j with k = softmax over features (GNOT, Eq. 9), so a query costs the
+    same whatever the number of tokens, and a quadrature weight w_j makes the sum an integral.
+    """
+
+    def __init__(self, channels: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
+
+    def forward(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        """(n, tokens, c), (n, tokens) -> (n, heads, d, d + 1): S beside n."""
+        key = self.key(tokens).unflatten(-1, (self.heads, -1)).softmax(-1)
+        value = self.value(tokens).unflatten(-1, (self.heads, -1))
+        value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
+        if weights is not None:
+            key = key * weights[..., None, None]
+        return _sum_outer(key, value)
+
+
+def _sum_outer(key: Tensor, value: Tensor) -> Tensor:
+    """Σ_j k_j v_jᵀ over tokens, (n, tokens, heads, ...), in float64 over fixed blocks of 64 and then pair by pair.
+
+    A fixed order of addition, so the sum does not depend on the number of threads.
+    """
+    pad = -key.shape[1] % 64
+    key, value = (functional.pad(t, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, 64)).double() for t in (key, value))
+    total = torch.einsum("nbjhd,nbjhe->bnhde", key, value)
+    while len(total) > 1:
+        if len(total) % 2:
+            total = torch.cat([total, torch.zeros_like(total[:1])])
+        total = total[0::2] + total[1::2]
+    return total[0].float()
+
+
+class CrossAttention(nn.Module):
+    """The cross-attention neural operator: q + (1/L) Σ_l (q S_l) / (q n_l), every set normalised on its own.
+
+    ∞-Brush, Eq. 10, after GNOT. A set of one token gives its value at every point, whatever the query.
+    """
+
+    def __init__(self, channels: int, *, heads: int, sets: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(channels, channels)
+        self.sets = nn.ModuleList(TokenSet(channels, heads=heads) for _ in range(sets))
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def remember(self, tokens: list[Tensor]) -> list[Tensor]:
+        """The sums of each set, for tokens (n, tokens, c) that do not change while a canvas is painted."""
+        return [remember(t) for remember, t in zip(self.sets, tokens, strict=True)]
+
+    def forward(self, u: Tensor, place: Tensor, memory: list[Tensor], cells: Cells | None = None) -> Tensor:
+        """Features u and positional features `place`, both (..., c); `memory` from `remember`."""
+        query = self.query(functional.layer_norm(u, u.shape[-1:]) + place)
+        query = query.unflatten(-1, (self.heads, -1)).softmax(-1)
+        total = query
+        for sums in memory:
+            total = total + attend(query, sums, cells) / len(memory)
+        return u + self.out(total.flatten(-2))
+
+
+def attend(query: Tensor, sums: Tensor, cells: Cells | None = None) -> Tensor:
+    """(q S) / (q n) for softmaxed queries (n, ..., heads, d) of a lattice or (points, heads, d) of a scatter."""
+    if cells is not None:
+        found = query.new_zeros(*query.shape[:-1], sums.shape[-1])
+        for scene, kept in enumerate(sums):  # scenes are few, points are many
+            mine = cells.scene == scene
+            found[mine] = torch.einsum("phd,hde->phe", query[mine], kept)
+    else:
+        found = torch.einsum("n...hd,nhde->n...he", query, sums)
+    return found[..., :-1] / found[..., -1:]
+
+
+class SelfAttention(nn.Module):
+    """The self-attention neural operator, linear in points: cross-attention whose one set is the function itself."""
+
+    def __init__(self, channels: int, *, heads: int) -> None:
+        super().__init__()
+        self.attention = CrossAttention(channels, heads=heads, sets=1)
+
+    def forward(self, u: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
+        """(n, rows, columns, c) with quadrature weights (n, rows, columns)."""
+        tokens = (functional.layer_norm(u, u.shape[-1:]) + place).flatten(1, 2)
+        (own,) = self.attention.sets
+        memory = own(tokens, None if weights is None else weights.flatten(1))
+        return self.attention(u, place, [memory])
+
+
+def interpolate(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Bilinear reading of a lattice (r, c, channels) at the outer product of row and column positions, in cells.
+
+    Position 0 is the centre of the first cell; beyond the outer centres the edge is continued. (len(rows), len(columns),
+    channels). Written as two lerps by index, so a value does not depend on the window it is read in.
+    """
+    low, high, weight = _bracket(rows, table.shape[0])
+    table = torch.lerp(table[low], table[high], weight[:, None, None])
+    low, high, weight = _bracket(columns, table.shape[1])
+    return torch.lerp(table[:, low], table[:, high], weight[None, :, None])
+
+
+def interpolate_at(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`interpolate` at paired positions: (points, channels)."""
+    top, bottom, down = _bracket(rows, table.shape[0])
+    left, right, across = _bracket(columns, table.shape[1])
+    first = torch.lerp(table[top, left], table[bottom, left], down[:, None])
+    second = torch.lerp(table[top, right], table[bottom, right], down[:, None])
+    return torch.lerp(first, second, across[:, None])
+
+
+def _bracket(position: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    position = position.clamp(0, length - 1)
+    low = position.floor().long().clamp_max(max(length - 2, 0))
+    return low, (low + 1).clamp_max(length - 1), (position - low).to(torch.float32)
+
+
+def splat(u: Tensor, cells: int) -> Tensor:
+    """A lattice as contributions to the nodes of a coarse grid, one node every `cells` cells, at the blocks' corners.
+
+    Partition of unity by hat functions. Each block of cells x cells reaches its own four corners only, so this is also
+    the canonical order of addition: tiles write their blocks, `nodes` adds them. (n, rows, columns, c) ->
+    (n, rows / cells, columns / cells, 4, c), corners in raster order.
+    """
+    n, rows, columns, c = u.shape
+    towards = (torch.arange(cells, device=u.device, dtype=u.dtype) + 0.5) / cells
+    sides = torch.stack([1 - towards, towards])
+    weights = torch.einsum("ai,bj->abij", sides, sides).reshape(4, cells * cells)
+    blocks = u.reshape(n, rows // cells, cells, columns // cells, cells, c).permute(0, 1, 3, 2, 4, 5)
+    return torch.matmul(weights, blocks.reshape(n, rows // cells, columns // cells, cells * cells, c))
+
+
+def nodes(blocks: Tensor) -> Tensor:
+    """Sum the blocks' contributions at the shared corners: (n, r, c, 4, channels) -> (n, r + 1, c + 1, channels)."""
+    n, r, c, _, channels = blocks.shape
+    total = blocks.new_zeros(n, r + 1, c + 1, channels)
+    for corner in range(4):
+        down, right = divmod(corner, 2)
+        total[:, down : down + r, right : right + c] += blocks[:, :, :, corner]
+    return total
+
+
+def splat_at(u: Tensor, rows: Tensor, columns: Tensor, *, scene: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """`nodes(splat(...))` for scattered points at `rows`, `columns` in node units: (n, rows, columns, c) of `shape`."""
+    total = u.new_zeros(shape[0] * shape[1] * shape[2], u.shape[-1])
+    for down in (0, 1):
+        for right in (0, 1):
+            row, column = rows.floor().long() + down, columns.floor().long() + right
+            weight = (1 - (rows - row).abs()) * (1 - (columns - column).abs())
+            index = (scene.long() * shape[1] + row) * shape[2] + column
+            total = total.index_add(0, index, u * weight.to(u.dtype)[:, None])
+    return total.reshape(*shape, -1)
+
+
+def positional(rows: Tensor, columns: Tensor, *, shortest: float = 32.0, octaves: int = 9) -> Tensor:
+    """Sines and cosines of a place in µm, wavelengths `shortest` x 2^k: (..., 4 octaves)."""
+    waves = 2 * math.pi / (shortest * 2.0 ** torch.arange(octaves, dtype=torch.float64, device=rows.device))
+    angles = torch.cat([rows.double()[..., None] * waves, columns.double()[..., None] * waves], -1)
+    return torch.cat([angles.sin(), angles.cos()], -1).float()

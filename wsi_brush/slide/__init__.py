@@ -1,0 +1,12 @@
+"""A slide is a colour at every point of the plane, white where it does not reach.
+
+resample      exact, place-independent resampling
+pixelsize     how large a pixel is, and who says so
+tiff          whether a TIFF is whole, and what its first page holds
+readers       OpenSlide, TiffSlide, OME-Zarr, plain images: pixels of a level
+slide         Slide, open_slide
+"""
+
+from .slide import Slide, open_slide
+
+__all__ = ["Slide", "open_slide"]
