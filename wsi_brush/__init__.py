@@ -7,6 +7,7 @@ The modules, in the order of the data; a module imports only what stands above i
 (`tests/test_architecture.py` holds the package to this list):
 
     errors        what a user can do wrong, as a tree
+    machine       what the machine lends: memory, and what was used
     commit        what is written appears whole or not at all
     grid          Grid: a rectangle of pixels on the plane, in µm
     slide         Slide, open_slide: a colour at every point

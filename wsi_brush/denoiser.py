@@ -193,7 +193,9 @@ class Denoiser(nn.Module):
             u = block(u, setting.signal, levels[-1])
         return u
 
-    def sketch_points(self, u: Tensor, scatter: Scatter, weight: float, setting: Setting, size: tuple[int, int]) -> Tensor:
+    def sketch_points(
+        self, u: Tensor, scatter: Scatter, weight: float, setting: Setting, size: tuple[int, int]
+    ) -> Tensor:
         """The splat of scattered points with quadrature weight `weight`, and its mass: (n, rows, columns, c + 1)."""
         u = self._sketch(u, setting, scatter)
         cells = scatter.levels[-1]
@@ -248,12 +250,12 @@ class Denoiser(nn.Module):
         out = self._paint(u, setting, read + self.gather(layout), place, memory)
         return out.permute(0, 3, 1, 2)
 
-    def paint_points(
-        self, u: Tensor, scatter: Scatter, setting: Setting, grid: Tensor, memory: list[Tensor]
-    ) -> Tensor:
+    def paint_points(self, u: Tensor, scatter: Scatter, setting: Setting, grid: Tensor, memory: list[Tensor]) -> Tensor:
         """F at scattered points: mollified values (points, 3) -> (points, 3)."""
         cells = scatter.levels[-1]
-        read, place, layout = (u.new_zeros(len(cells.keys), width) for width in (grid.shape[-1], _PLACES, grid.shape[-1]))
+        read, place, layout = (
+            u.new_zeros(len(cells.keys), width) for width in (grid.shape[-1], _PLACES, grid.shape[-1])
+        )
         for scene in range(len(grid)):
             mine = (cells.scene == scene).nonzero()[:, 0]
             rows, columns = ((at[mine] + 0.5) * CELL for at in (cells.rows, cells.columns))

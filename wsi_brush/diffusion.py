@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .errors import UsageError
 from .field import NoiseField
 from .grid import Grid
 
@@ -78,6 +79,18 @@ class Ladder:
     def to_json(self) -> dict[str, object]:
         """Plain values, for the brush's JSON."""
         return asdict(self)
+
+    def starting_at(self, mpp: float) -> Ladder:
+        """The same ladder with `mpp` as its finest pitch.
+
+        Raises:
+            UsageError: if it has no such pitch.
+        """
+        for level, pitch in enumerate(self.pitches):
+            if math.isclose(pitch, mpp, rel_tol=1e-6):
+                return replace(self, pitches=self.pitches[level:], details=self.details[level:])
+        known = ", ".join(f"{pitch:g}" for pitch in self.pitches)
+        raise UsageError(f"the brush paints at {known} µm per pixel, not at {mpp:g}")
 
     def entry(self, level: int) -> float:
         """σ, in the image of pitch `level`, at which it takes over from the coarser one."""

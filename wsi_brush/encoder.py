@@ -65,7 +65,7 @@ class Encoder:
         self._scale = (1 / (255 * torch.tensor(about.std))).view(1, 3, 1, 1).to(self._device)
         self._shift = (-torch.tensor(about.mean) / torch.tensor(about.std)).view(1, 3, 1, 1).to(self._device)
         self._network = network.eval().requires_grad_(False)
-        self._network.to(device=self._device, dtype=torch.float32, memory_format=torch.channels_last)
+        self._network.to(device=self._device, dtype=torch.float32).to(memory_format=torch.channels_last)
 
     def __repr__(self) -> str:
         return f"Encoder({self.name!r}, dim={self.dim}, tile={self.tile})"
@@ -207,20 +207,12 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 def _load_timm(name: str, model: str, *, device: str) -> Encoder:
     import timm
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
-    if not model.startswith("hf-hub:"):
-        described = timm.models.get_pretrained_cfg(model, allow_unregistered=True) if timm.is_model(model) else None
-        if described is None:
-            raise UsageError(
-                f"{name}: timm {timm.__version__} has no such model; see timm.list_models(pretrained=True)"
-            )
-        repository = described.hf_hub_id
-        if not repository:
-            raise RefusedError(f"{name}: no weights in safetensors are published for it; choose another tag")
-        filename = described.hf_hub_filename
-    else:
+    if model.startswith("hf-hub:"):
         repository, filename = model.removeprefix("hf-hub:"), None
+    else:
+        repository, filename = _find_repository(name, model)
     try:
         _fetch_safetensors(name, repository, filename)
         network = timm.create_model(model, pretrained=True, num_classes=0)
@@ -245,12 +237,29 @@ def _load_timm(name: str, model: str, *, device: str) -> Encoder:
     return Encoder(network, about, device=device)
 
 
+def _find_repository(name: str, model: str) -> tuple[str, str | None]:
+    """Where on the hub the weights of a timm model are: the repository, and the file if it is not the usual one."""
+    import timm
+
+    try:
+        known = timm.models.get_pretrained_cfg(model, allow_unregistered=False) if timm.is_model(model) else None
+    except RuntimeError:  # a model that timm knows with a tag that it does not
+        known = None
+    if known is None:
+        raise UsageError(f"{name}: timm {timm.__version__} has no such model; see timm.list_models(pretrained=True)")
+    if not known.hf_hub_id:
+        raise RefusedError(f"{name}: no weights in safetensors are published for it; choose another tag")
+    return known.hf_hub_id, known.hf_hub_filename
+
+
 def _fetch_safetensors(name: str, repository: str, filename: str | None) -> None:
     """Have the weights in the hub's cache as safetensors, so that timm does not fall back to a pickle."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     place, _, revision = repository.partition("@")
+    # OSError, and whatever the HTTP library raises that this version of the hub is built on.
+    unreachable: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
     wanted = [f"{Path(filename).stem}.safetensors"] if filename else ["model.safetensors", "pytorch_model.safetensors"]
     for candidate in wanted:
         try:
@@ -262,12 +271,12 @@ def _fetch_safetensors(name: str, repository: str, filename: str | None) -> None
             raise _explain(name, error) from None
         except EntryNotFoundError:
             continue
-        except (OSError, *HfHubHTTPError.__bases__) as error:  # ... of whichever HTTP library the hub is built on
+        except unreachable as error:
             raise _explain(name, error) from None
     raise RefusedError(f"{name}: {place} has no {' or '.join(wanted)}; pickled weights are not loaded")
 
 
-def _explain(name: str, error: Exception) -> WsiBrushError:
+def _explain(name: str, error: BaseException) -> WsiBrushError:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):

@@ -57,8 +57,8 @@ class Grid:
 
     def centres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Pixel centres, µm: rows (height,) and columns (width,)."""
-        rows = (np.arange(self.top, self.bottom) + 0.5) * self.mpp
-        columns = (np.arange(self.left, self.right) + 0.5) * self.mpp
+        rows = (np.arange(self.top, self.bottom, dtype=np.float64) + 0.5) * self.mpp
+        columns = (np.arange(self.left, self.right, dtype=np.float64) + 0.5) * self.mpp
         return rows, columns
 
     def at(self, mpp: float) -> Grid:
@@ -80,11 +80,20 @@ class Grid:
             self.mpp * factor, outer.top // factor, outer.left // factor, outer.height // factor, outer.width // factor
         )
 
+    def rounded(self, multiple: int) -> Grid:
+        """This grid grown down and right until its sides are multiples of `multiple` pixels."""
+        height, width = (-(-side // multiple) * multiple for side in self.shape)
+        return Grid(self.mpp, self.top, self.left, height, width)
+
+    def level(self, depth: int) -> Grid:
+        """This grid's extent at 2^depth times the pitch; a corner between pixels goes to the one above and left of it."""
+        return Grid(
+            self.mpp * 2**depth, self.top >> depth, self.left >> depth, self.height >> depth, self.width >> depth
+        )
+
     def pad(self, pixels: int) -> Grid:
         """This grid with a margin of `pixels` on every side."""
-        return Grid(
-            self.mpp, self.top - pixels, self.left - pixels, self.height + 2 * pixels, self.width + 2 * pixels
-        )
+        return Grid(self.mpp, self.top - pixels, self.left - pixels, self.height + 2 * pixels, self.width + 2 * pixels)
 
     def clip(self, other: Grid) -> Grid:
         """The part of this grid that lies in `other` (same pitch); empty if they do not meet."""

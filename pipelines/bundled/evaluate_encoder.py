@@ -2,24 +2,30 @@
 
 Only the held-out right quarter of every slide is looked at (decoded by train_encoder.py, in WORK). Queries are tiles
 of its upper half, the gallery is tiles of its lower half, and 5-nearest-neighbour majority vote names the slide.
-Slides count equally. Compared, on the same tiles:
+Slides count equally. A slide is left out where a half holds no tile of tissue. Compared, on the same tiles:
 
     trained     the encoder as it is loaded, cosine
-    untrained   the same network as it was initialised, standardised with its own statistics of training tiles, cosine
+    untrained   the same network as timm initialises it, standardised on the same kind of training tiles, cosine
     histogram   8 x 8 x 8 RGB, Hellinger distance
 
-Intervals are 95 % percentile bootstraps over blocks of 256 px (tiles of one block lie too near each other to count
-as independent). Also: how much mild stain jitter moves an embedding compared with another tile, how many dimensions are in use, and how
-well mean colour and contrast can be read back linearly. Prints Markdown for the model card.
+Intervals are 95 % percentile bootstraps over square blocks of the queries (tiles of one block lie too near each
+other to count as independent). A tile of 128 px at mpp 8 is wider than any held-out strip: there the table shows
+squares of 64 px, from few and small places. "Mixed" rows take the queries from the slide's own pyramid and the
+gallery from the averaged finest pitch: a level made by another program is the same tissue.
+
+Also: how much stain jitter moves an embedding compared with another tile, how many dimensions are in use, and how
+well colour can be read back linearly. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -31,7 +37,6 @@ from wsi_brush.encoder import Encoder, load_encoder
 
 NEIGHBOURS = 5
 MOST = 120  # tiles a slide and half, at most
-BLOCK = 256  # px
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
@@ -44,25 +49,28 @@ class Tiles:
     block: NDArray[np.int64]
 
 
-def held_out(pictures: list[Picture], side: int, tissue: float, step: int, seed: int) -> tuple[Tiles, Tiles, list[str]]:
+def held_out(
+    pictures: list[Picture], side: int, *, step: int, block: int, seed: int, mixed: bool = False
+) -> tuple[Tiles, Tiles, list[str]]:
     """Queries, gallery and the names of the slides; a slide too small for a tile in each half is left out."""
     random = np.random.default_rng(seed)
     halves: tuple[list[list[NDArray[np.int64]]], ...] = ([], [])
     rgb: tuple[list[NDArray[np.uint8]], ...] = ([], [])
-    names = []
+    names: list[str] = []
     for picture in pictures:
         begin, middle = picture.cut + 2, picture.rgb.shape[0] // 2
-        strip = picture.rgb[:, begin:]
-        parts = [replace(picture, rgb=part, cut=part.shape[1]) for part in (strip[:middle], strip[middle:])]
-        corners = [
-            part.tiles(side, tissue, columns=slice(0, None), step=step) if min(part.rgb.shape[:2]) >= side else []
+        other = picture.averaged if mixed and picture.averaged is not None else picture.rgb
+        strips = picture.rgb[:middle, begin:], other[middle:, begin:]
+        parts = [replace(picture, rgb=part, cut=part.shape[1], averaged=None) for part in strips]
+        corners: list[Any] = [
+            part.tiles(side, 0.3, columns=slice(0, None), step=step) if min(part.rgb.shape[:2]) >= side else []
             for part in parts
         ]
         if not all(len(found) for found in corners):
             continue
         for part, found, half, pixels in zip(parts, corners, halves, rgb, strict=True):
             chosen = np.asarray(found)[random.permutation(len(found))[:MOST]]
-            blocks = chosen // BLOCK @ np.array([1000, 1])
+            blocks = chosen // block @ np.array([1000, 1])
             half.append([np.full(len(chosen), len(names)), blocks + len(names) * 1_000_000])
             pixels.append(np.stack([part.rgb[top : top + side, left : left + side] for top, left in chosen]))
         names.append(picture.slide)
@@ -77,7 +85,8 @@ def histogram(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Square roots of the shares of 8 x 8 x 8 RGB bins: their inner product ranks like the Hellinger distance."""
     bins = (tiles >> 5).astype(np.int64).reshape(len(tiles), -1, 3) @ np.array([64, 8, 1])
     counts = np.stack([np.bincount(tile, minlength=512) for tile in bins])
-    return np.sqrt(counts / bins.shape[1]).astype(np.float32)
+    shares: NDArray[np.float32] = np.sqrt(counts / bins.shape[1]).astype(np.float32)
+    return shares
 
 
 def vote(queries: Tiles, gallery: Tiles, embed: Embed) -> NDArray[np.bool_]:
@@ -89,45 +98,43 @@ def vote(queries: Tiles, gallery: Tiles, embed: Embed) -> NDArray[np.bool_]:
     for row in near:
         count = np.bincount(row)
         named.append(next(slide for slide in row if count[slide] == count.max()))
-    return np.asarray(named) == queries.slide
+    right: NDArray[np.bool_] = np.asarray(named) == queries.slide
+    return right
 
 
-def balanced(right: NDArray[np.bool_], slide: NDArray[np.int64]) -> float:
+def balanced(right: NDArray[np.float64], slide: NDArray[np.int64]) -> float:
     """Mean over slides of the part that is right."""
     return float(np.mean([right[slide == one].mean() for one in np.unique(slide)]))
 
 
-def interval(
-    values: list[NDArray[np.bool_]], tiles: Tiles, statistic: Callable[[list[float]], float], draws: int = 1000
-) -> tuple[float, float]:
-    """95 % percentile bootstrap of a statistic of the balanced accuracies of `values`, over blocks within slides."""
+def interval(right: NDArray[np.float64], tiles: Tiles, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap of the balanced mean of `right` (n,), over blocks within slides."""
     random = np.random.default_rng(0)
-    groups = [
-        [np.flatnonzero(tiles.block == block) for block in np.unique(tiles.block[tiles.slide == slide])]
-        for slide in np.unique(tiles.slide)
-    ]
-    drawn = []
-    for _ in range(draws):
-        picks = [np.concatenate([g[i] for i in random.integers(len(g), size=len(g))]) for g in groups]
-        drawn.append(statistic([float(np.mean([value[pick].mean() for pick in picks])) for value in values]))
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
+    slides = np.unique(tiles.slide)
+    means = np.zeros(draws)
+    for slide in slides:
+        blocks = [right[tiles.block == block] for block in np.unique(tiles.block[tiles.slide == slide])]
+        sums, counts = (np.array([f(block) for block in blocks], float) for f in (np.sum, len))
+        drawn = random.integers(len(blocks), size=(draws, len(blocks)))
+        means += sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1) / len(slides)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return 100 * float(low), 100 * float(high)
 
 
-def untrained(encoder: Encoder, architecture: str, kwargs: dict[str, object], tiles: NDArray[np.uint8]) -> Embed:
+def untrained(encoder: Encoder, architecture: str, tiles: NDArray[np.uint8]) -> Embed:
     """The same architecture as timm initialises it; batch statistics and standardisation from training tiles."""
     torch.manual_seed(0)
-    network = timm.create_model(architecture, pretrained=False, **kwargs)
+    network = timm.create_model(architecture, pretrained=False, num_classes=0)
     pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2)
-    scale, shift = encoder._scale, encoder._shift
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (encoder.about.mean, encoder.about.std))
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # a plain mean over the batches
     with torch.no_grad():
         for part in pixels.split(64):
-            network(part * scale + shift)
+            network((part / 255 - mean) / std)
         network.eval()
-        seen = torch.cat([network(part * scale + shift) for part in pixels.split(64)])
+        seen = torch.cat([network((part / 255 - mean) / std) for part in pixels.split(64)])
     network.register_buffer("embedding_mean", seen.mean(dim=0))
     network.register_buffer("embedding_std", seen.std(dim=0).clamp_min(1e-6))
     return Encoder(network, encoder.about)
@@ -140,23 +147,33 @@ def at_side(embed: Embed, side: int) -> Embed:
     return Encoder(embed._network, replace(embed.about, tile=side))
 
 
-def retrieval(pictures: list[Picture], embeds: dict[str, Embed], side: int, step: int) -> str:
-    """One row of the table."""
-    queries, gallery, names = held_out(pictures, side, 0.3, step, seed=0)
-    right = {name: vote(queries, gallery, at_side(embed, side)) for name, embed in embeds.items()}
+def retrieval(
+    pictures: list[Picture], embeds: dict[str, Embed], side: int, *, step: int, block: int, mixed: bool
+) -> str:
+    """One row of the table; the figures of each slide go to standard error."""
+    queries, gallery, names = held_out(pictures, side, step=step, block=block, seed=0, mixed=mixed)
+    right = {name: vote(queries, gallery, at_side(embed, side)).astype(float) for name, embed in embeds.items()}
     cells = []
     for value in right.values():
-        low, high = interval([value], queries, lambda share: share[0])
-        cells.append(f"{100 * balanced(value, queries.slide):.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        low, high = interval(value, queries)
+        cells.append(f"{100 * balanced(value, queries.slide):.1f} [{low:.1f}, {high:.1f}]")
     for other in ("untrained", "histogram"):
-        low, high = interval([right["trained"], right[other]], queries, lambda share: share[0] - share[1])
-        cells.append(f"[{100 * low:+.1f}, {100 * high:+.1f}]")
-    worst = min((float(right["trained"][queries.slide == i].mean()), name) for i, name in enumerate(names))
-    place = f"| {pictures[0].mpp:g} | {side} | {len(names)} | {len(queries.rgb)} / {len(gallery.rgb)} | "
-    return place + " | ".join(cells) + f" | {worst[1]} {100 * worst[0]:.0f} |"
+        more = right["trained"] - right[other]
+        low, high = interval(more, queries)
+        cells.append(f"{100 * balanced(more, queries.slide):+.1f} [{low:+.1f}, {high:+.1f}]")
+    for index, name in enumerate(names):
+        shares = " ".join(f"{100 * value[queries.slide == index].mean():.0f}" for value in right.values())
+        print(f"    mpp {pictures[0].mpp:g} {name}: {shares}", file=sys.stderr)
+    place = [
+        f"{pictures[0].mpp:g}{', mixed' if mixed else ''}",
+        side,
+        len(names),
+        f"{len(queries.rgb)} / {len(gallery.rgb)}",
+    ]
+    return "| " + " | ".join(map(str, place + cells)) + " |"
 
 
-def stain(tiles: NDArray[np.uint8], embed: Embed, config: dict[str, object]) -> str:
+def stain(tiles: NDArray[np.uint8], embed: Embed, config: dict[str, Any]) -> str:
     """Cosine of a tile with its stain-jittered self, and with another tile."""
     still = config | {"views": {"scale": [1.0, 1.0], "stain": 0.1, "brightness": 0.05, "blur": 0.0, "offset": 0}}
     views = make_views(torch.from_numpy(tiles), tiles.shape[1], still, torch.Generator().manual_seed(1))
@@ -197,7 +214,6 @@ def main() -> None:
     parser.add_argument("--slides", type=Path, default=Path())
     parser.add_argument("--work", type=Path, required=True, help="the work folder of train_encoder.py")
     parser.add_argument("--config", type=Path, default=here / "encoder.toml")
-    parser.add_argument("--architecture", default=None, help="of the untrained network; default: of the configuration")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     keep_memory()
@@ -206,22 +222,21 @@ def main() -> None:
     pictures = decode(arguments.slides, arguments.work, config["data"]["mpp"], config["data"]["train_until"])
     encoder = load_encoder(arguments.encoder)
     seen = Sampler(pictures, config, seed=123).tiles(1024, encoder.tile)
-    architecture = arguments.architecture or config["architecture"]
     embeds: dict[str, Embed] = {
         "trained": encoder,
-        "untrained": untrained(encoder, architecture, {"num_classes": 0}, seen),
+        "untrained": untrained(encoder, config["architecture"], seen),
         "histogram": histogram,
     }
-    print(
-        "| mpp | tile, px | slides | queries / gallery | trained | untrained | histogram | trained - untrained | trained - histogram | worst slide |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    titles = ["mpp", "side, px", "slides", "queries / gallery", *embeds, "trained - untrained", "trained - histogram"]
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     strips = []
-    for mpp, side, step in ((0.5, 128, 32), (2.0, 128, 16), (8.0, 64, 8)):
+    rows = ((0.5, 128, 32, 256, False), (2.0, 128, 16, 256, False), (8.0, 64, 8, 64, False))
+    for mpp, side, step, block, mixed in (*rows, (2.0, 128, 16, 256, True), (8.0, 64, 8, 64, True)):
         chosen = [picture for picture in pictures if picture.mpp == mpp]
-        print(retrieval(chosen, embeds, side, step), flush=True)
-        if side == encoder.tile:
-            strips.append(np.concatenate([part.rgb for part in held_out(chosen, side, 0.3, step, seed=1)[:2]])[::4])
+        print(retrieval(chosen, embeds, side, step=step, block=block, mixed=mixed), flush=True)
+        if side == encoder.tile and not mixed:
+            found = held_out(chosen, side, step=step, block=block, seed=1)[:2]
+            strips.append(np.concatenate([part.rgb for part in found])[::4])
     tiles = np.concatenate(strips)
     tiles = tiles[np.random.default_rng(0).permutation(len(tiles))]
     print(f"\n{len(tiles)} held-out tiles of mpp 0.5 and 2:")

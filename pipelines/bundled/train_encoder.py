@@ -57,12 +57,17 @@ def keep_memory() -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """One slide, decoded at one pitch: (height, width, 3) uint8, and the column where the held-out strip begins."""
+    """One slide, decoded at one pitch: (height, width, 3) uint8, and the column where the held-out strip begins.
+
+    `averaged` is the same, averaged from the finest pitch instead of read from the slide's own pyramid. How good that
+    pyramid is differs from scanner to scanner, so an encoder should see both, and see that they are the same tissue.
+    """
 
     slide: str
     mpp: float
     rgb: NDArray[np.uint8]
     cut: int
+    averaged: NDArray[np.uint8] | None = None
 
     def tiles(self, tile: int, tissue: float, *, columns: slice, step: int = STEP) -> NDArray[np.int64]:
         """Corners (k, 2) of the tiles that lie in `columns` and hold enough tissue; where the picture is smaller
@@ -80,14 +85,15 @@ class Picture:
         rows, places = np.nonzero(inside > tissue * tile**2)
         return np.stack([tops[rows], lefts[places] + (columns.start or 0)], axis=1)
 
-    def crop(self, top: int, left: int, side: int) -> NDArray[np.uint8]:
+    def crop(self, top: int, left: int, side: int, *, averaged: bool) -> NDArray[np.uint8]:
         """A square of the part that may be trained on, white beyond it."""
+        rgb = self.averaged if averaged and self.averaged is not None else self.rgb
         square = np.full((side, side, 3), 255, np.uint8)
         rows = slice(max(top, 0), min(top + side, self.rgb.shape[0]))
         columns = slice(max(left, 0), min(left + side, self.cut))
         if rows.start < rows.stop and columns.start < columns.stop:
             at = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
-            square[at] = self.rgb[rows, columns]
+            square[at] = rgb[rows, columns]
         return square
 
 
@@ -95,7 +101,7 @@ def decode(folder: Path, work: Path, mpps: list[float], train_until: float) -> l
     """Every slide of PROVENANCE.tsv at every pitch; decoded once, then read from the work folder."""
     with (folder / "PROVENANCE.tsv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file, delimiter="\t") if row["file"].startswith("slides/")]
-    pictures = []
+    pictures: list[Picture] = []
     for row in rows:
         estimate = float(row["mpp_estimated"]) if row["mpp_estimated"] else None
         slide = None
@@ -114,8 +120,23 @@ def decode(folder: Path, work: Path, mpps: list[float], train_until: float) -> l
                 # Two pixels less: anti-aliasing looks a little further than the pixel it makes.
                 cut = math.floor(train_until * slide.grid.width * slide.grid.mpp / mpp) - 2
                 write_json(about, {"cut": cut, "mpp": mpp, "level0_mpp": slide.grid.mpp})
-            pictures.append(Picture(Path(row["file"]).name, mpp, np.load(kept), json.loads(about.read_text())["cut"]))
+            name, rgb = Path(row["file"]).name, np.load(kept)
+            averaged = _average(pictures[-1], kept, rgb.shape[:2], mpp) if mpp > mpps[0] else None
+            pictures.append(Picture(name, mpp, rgb, json.loads(about.read_text())["cut"], averaged))
     return pictures
+
+
+def _average(finer: Picture, kept: Path, shape: tuple[int, ...], mpp: float) -> NDArray[np.uint8]:
+    """The next coarser pitch as the mean of whole blocks of the finer one; kept in the work folder as well."""
+    path = kept.with_name(f"{kept.stem}-averaged.npy")
+    if not path.exists():
+        factor = round(mpp / finer.mpp)
+        full = np.full((shape[0] * factor, shape[1] * factor, 3), 255, np.uint8)
+        source = (finer.rgb if finer.averaged is None else finer.averaged)[: full.shape[0], : full.shape[1]]
+        full[: source.shape[0], : source.shape[1]] = source
+        blocks = full.reshape(shape[0], factor, shape[1], factor, 3)
+        np.save(path, np.rint(blocks.mean(axis=(1, 3), dtype=np.float32)).astype(np.uint8))
+    return np.asarray(np.load(path))
 
 
 class Sampler:
@@ -154,7 +175,7 @@ class Sampler:
         for middle, extent in zip(centre, (picture.rgb.shape[0], picture.cut), strict=True):
             room = extent - self.side
             corner.append(min(max(int(middle) - self.side // 2, 0), room) if room >= 0 else room // 2)
-        return picture.crop(corner[0], corner[1], self.side)
+        return picture.crop(corner[0], corner[1], self.side, averaged=bool(self.random.integers(2)))
 
 
 # views --------------------------------------------------------------------------------------------
@@ -230,7 +251,7 @@ class Training:
     def __init__(self, config: dict[str, Any], work: Path) -> None:
         self.config, self.work = config, work
         torch.manual_seed(config["seed"])
-        network = timm.create_model(config["architecture"], num_classes=0)
+        network: Any = timm.create_model(config["architecture"], num_classes=0)
         self.network: nn.Module = network.to(memory_format=torch.channels_last)
         self.dim = int(network.num_features)
         width = config["optimisation"]["expander"]
@@ -246,12 +267,12 @@ class Training:
             {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99))
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.saves = 0, 0.0, 0
 
     @property
     def progress(self) -> float:
         """From 0 to 1, by the clock."""
-        return min(1.0, self.seconds / (60 * self.config["optimisation"]["minutes"]))
+        return min(1.0, self.seconds / (60 * float(self.config["optimisation"]["minutes"])))
 
     def rate(self) -> float:
         """Linear warm-up, then a cosine to zero."""
@@ -265,10 +286,16 @@ class Training:
         tensors |= {f"expander.{name}": value for name, value in self.expander.state_dict().items()}
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
-        generation = f"checkpoint-{self.step % 2}.safetensors"
+        self.saves += 1  # two generations: the one that checkpoint.json names is never the one being written
+        generation = f"checkpoint-{self.saves % 2}.safetensors"
         save_file(tensors, self.work / generation)
-        about = {"file": generation, "sha256": sha256_of(self.work / generation), "config": fingerprint(self.config)}
-        write_json(self.work / "checkpoint.json", about | {"step": self.step, "seconds": self.seconds})
+        about: dict[str, Any] = {
+            "file": generation,
+            "sha256": sha256_of(self.work / generation),
+            "config": fingerprint(self.config),
+        }
+        about |= {"step": self.step, "seconds": self.seconds, "saves": self.saves}
+        write_json(self.work / "checkpoint.json", about)
 
     def resume(self) -> None:
         """Go on from the work folder's checkpoint, if it was made with the same configuration."""
@@ -292,7 +319,7 @@ class Training:
             state.setdefault(int(index), {})[key] = value
         whole = self.optimiser.state_dict()
         self.optimiser.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
-        self.step, self.seconds = about["step"], about["seconds"]
+        self.step, self.seconds, self.saves = about["step"], about["seconds"], about["saves"]
 
 
 def write_weights(training: Training, sampler: Sampler, folder: Path) -> None:
@@ -360,7 +387,7 @@ def train(config: dict[str, Any], pictures: list[Picture], work: Path, out: Path
         terms = vicreg(*training.expander(embeddings).chunk(2))
         loss = sum((weight * term for weight, term in zip(how["weights"], terms, strict=True)), torch.zeros(()))
         training.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_([*training.network.parameters(), *training.expander.parameters()], 10.0)
         training.optimiser.step()
         training.step += 1

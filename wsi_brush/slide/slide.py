@@ -132,6 +132,8 @@ def _open_reader(path: Path) -> tuple[Reader, list[PixelSize]]:
                 raise SlideError(f"{path}: a folder, but no OME-Zarr (no zarr.json or .zgroup); expected a slide file")
             reader = OmeZarrReader(path)
             return reader, reader.sizes
+        if path.exists() and not path.is_file():
+            raise SlideError(f"{path}: neither a file nor a folder; expected a slide")
         with path.open("rb") as file:
             magic = file.read(8)
         if not magic:

@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 from ..errors import SlideError
 
 MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
+INTEGERS = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
+WIDTHS = {kind: int(code[1]) for kind, code in INTEGERS.items()} | {2: 1, 7: 1, 5: 8, 10: 8, 11: 4, 12: 8}
+PRIVATE = 32768  # from here on, tags belong to companies, and what they point to may be anything
 BITS, PHOTOMETRIC, STRIPS, SAMPLES, STRIP_BYTES = 258, 262, 273, 277, 279
 TILES, TILE_BYTES, CHILDREN, FORMAT, HAMAMATSU = 324, 325, 330, 339, 65420
+READ = {BITS, PHOTOMETRIC, STRIPS, SAMPLES, STRIP_BYTES, TILES, TILE_BYTES, CHILDREN, FORMAT, HAMAMATSU}
 COLOURS = {2, 6}  # RGB, YCbCr
 PAGES = 10_000  # more directories than any slide has: a chain that bites its tail
 
@@ -80,7 +83,7 @@ def _pages(data: mmap.mmap, big: bool) -> Iterator[Tags]:
 
 
 def _directory(data: mmap.mmap, order: str, place: int, big: bool) -> tuple[Tags, int]:
-    """The integer tags of the directory at `place`, and where the next one stands (0: nowhere)."""
+    """The tags that matter of the directory at `place`, and where the next one stands (0: nowhere)."""
     entry, head, word = (20, 8, "Q") if big else (12, 2, "I")
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, place)
     if count > 4096:
@@ -88,12 +91,13 @@ def _directory(data: mmap.mmap, order: str, place: int, big: bool) -> tuple[Tags
     tags: Tags = {}
     for at in range(place + head, place + head + count * entry, entry):
         tag, kind, number = struct.unpack_from(order + "HH" + word, data, at)
-        if kind in TYPES:
-            dtype = np.dtype(order + TYPES[kind])
-            inline = at + entry - (8 if big else 4)
-            fits = number * dtype.itemsize <= (8 if big else 4)
-            start = inline if fits else struct.unpack_from(order + word, data, inline)[0]
-            tags[tag] = np.frombuffer(data[start : start + number * dtype.itemsize], dtype, number).astype(np.int64)
+        room = number * WIDTHS.get(kind, 0)
+        inline = at + entry - (8 if big else 4)
+        start = inline if room <= (8 if big else 4) else struct.unpack_from(order + word, data, inline)[0]
+        if start + room > len(data) and tag < PRIVATE:
+            raise ValueError(f"tag {tag} needs {start + room} bytes, the file has {len(data)}")
+        if tag in READ and kind in INTEGERS and number:
+            tags[tag] = np.frombuffer(data[start : start + room], order + INTEGERS[kind], number).astype(np.int64)
     (following,) = struct.unpack_from(order + word, data, place + head + count * entry)
     return tags, following
 

@@ -1,0 +1,134 @@
+"""A Brush: a trained denoiser and all it needs to paint, as safetensors and JSON.
+
+On disk a brush is a folder: `brush.safetensors` (the weights), `brush.json` (sizes of the operator, the ladder, which
+encoder's embeddings it understands and their moments, how it was trained), and the manifest of `commit` with the
+SHA-256 of both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .commit import read_manifest, sha256_of, staged, write_json
+from .denoiser import ConditionMap, Denoiser, DenoiserConfig
+from .diffusion import Ladder
+from .errors import RefusedError, UsageError
+from .grid import Grid
+from .store import EmbeddingMap
+
+KIND = "brush"
+BUNDLED = Path(__file__).parent / "weights" / "brush"
+_WEIGHTS, _ABOUT = "brush.safetensors", "brush.json"
+
+
+@dataclass(frozen=True)
+class Brush:
+    """A trained denoiser, its ladder of pitches, and what it understands.
+
+    `about`: encoder (name), fingerprint (of the encoder), tile (pixels), pitches (of embeddings, µm), embeddings
+    (moments by pitch), objective, and the facts of its training.
+    """
+
+    denoiser: Denoiser
+    ladder: Ladder
+    about: dict[str, Any]
+    sha256: str = ""
+
+    @property
+    def pitches(self) -> tuple[float, ...]:
+        """Pitches of the embeddings it is conditioned on, µm, finest first."""
+        return tuple(sorted(float(pitch) for pitch in self.about["embeddings"]))
+
+    def standardised(self, mpp: float, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embeddings (..., dim) of a pitch in units of their spread over the training data."""
+        moments = self.about["embeddings"][f"{mpp:g}"]
+        mean, std = (np.asarray(moments[name], np.float32) for name in ("mean", "std"))
+        return (values - mean) / std
+
+    def condition(self, maps: Mapping[float, EmbeddingMap], canvas: Grid, pitch: float) -> list[ConditionMap]:
+        """Embedding maps as the denoiser reads them on a canvas: one scene, in pixels of `pitch` µm from its corner.
+
+        Raises:
+            UsageError: if a pitch is missing or the dimension is another encoder's.
+        """
+        found = []
+        for mpp in self.pitches:
+            if mpp not in maps:
+                raise UsageError(f"the brush needs embeddings at {mpp:g} µm; the reference has {sorted(maps)}")
+            lattice, values = maps[mpp].lattice, maps[mpp].values.astype(np.float32)
+            if values.shape[-1] != self.denoiser.config.dim:
+                raise UsageError(
+                    f"the brush was trained on embeddings of {self.about['encoder']} ({self.denoiser.config.dim} numbers), "
+                    f"the reference has {values.shape[-1]}; embed it again with that encoder"
+                )
+            present = np.isfinite(values[..., 0])
+            values = np.where(present[..., None], self.standardised(mpp, values), 0)
+            corner = (np.array(lattice.extent[:2]) - canvas.extent[:2]) / pitch
+            found.append(
+                ConditionMap(
+                    torch.from_numpy(values.astype(np.float32))[None],
+                    torch.from_numpy(present.astype(np.float32))[None],
+                    torch.from_numpy(corner.astype(np.float32))[None],
+                    lattice.mpp / pitch,
+                )
+            )
+        return found
+
+
+def save_brush(brush: Brush, target: Path, *, overwrite: bool = False) -> None:
+    """Write a brush folder, whole or not at all.
+
+    Raises:
+        RefusedError, MachineError: as `commit.staged`.
+    """
+    about = {"denoiser": brush.denoiser.config.to_json(), "ladder": brush.ladder.to_json(), **brush.about}
+    with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
+        state = {name: value.detach().contiguous().cpu() for name, value in brush.denoiser.state_dict().items()}
+        save_file(state, stage / _WEIGHTS)
+        write_json(stage / _ABOUT, about)
+
+
+def load_brush(name: str | Path = "bundled", *, device: str = "cpu") -> Brush:
+    """The bundled brush, or one in a folder.
+
+    Raises:
+        UsageError: if there is none.
+        RefusedError: if its files are not what its manifest says.
+    """
+    folder = BUNDLED if str(name) == "bundled" else Path(name)
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None or manifest.get("kind") != KIND:
+        raise UsageError(
+            f"{folder}: no brush here; expected a folder with {_WEIGHTS} and {_ABOUT}, or the name 'bundled'"
+        )
+    for file, expected in manifest["files"].items():
+        if file in (_WEIGHTS, _ABOUT) and (
+            not (folder / file).is_file() or sha256_of(folder / file) != expected["sha256"]
+        ):
+            raise RefusedError(
+                f"{folder / file}: missing or damaged (its SHA-256 is not the manifest's); copy the brush again"
+            )
+    try:
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        sizes = about.pop("denoiser")
+        denoiser = Denoiser(DenoiserConfig(**{**sizes, "depth": tuple(sizes["depth"])}))
+        denoiser.load_state_dict(load_file(folder / _WEIGHTS, device="cpu"))
+        ladder = about.pop("ladder")
+        ladder = Ladder(**{**ladder, "pitches": tuple(ladder["pitches"]), "details": tuple(ladder["details"])})
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        line = str(error).splitlines()[0]
+        raise RefusedError(
+            f"{folder}: made by another version of wsi-brush ({line}); train or fetch it again"
+        ) from None
+    denoiser.eval().requires_grad_(False).to(device)
+    return Brush(denoiser, ladder, about, manifest["files"][_WEIGHTS]["sha256"])
