@@ -68,8 +68,9 @@ class Brush:
             lattice, values = maps[mpp].lattice, maps[mpp].values.astype(np.float32)
             if values.shape[-1] != self.denoiser.config.dim:
                 raise UsageError(
-                    f"the brush was trained on embeddings of {self.about['encoder']} ({self.denoiser.config.dim} numbers), "
-                    f"the reference has {values.shape[-1]}; embed it again with that encoder"
+                    f"the brush was trained on embeddings of {self.about['encoder']} "
+                    f"({self.denoiser.config.dim} numbers), the reference has {values.shape[-1]}; "
+                    "embed it again with that encoder"
                 )
             present = np.isfinite(values[..., 0])
             values = np.where(present[..., None], self.standardised(mpp, values), 0)

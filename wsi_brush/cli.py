@@ -1,7 +1,7 @@
 """The words.
 
-Exit codes: 0 done (an empty slide is a valid result), 1 usage, 2 environment, 3 finished with failed slides or a slide
-that cannot be read, 4 refused, 130 interrupted. Errors are one line on stderr; `--debug` shows the traceback. Results go
+Exit codes: 0 done (an empty slide is a valid result), 1 usage, 2 environment, 3 finished with failed slides or a
+slide that cannot be read, 4 refused, 130 interrupted. Errors are one line on stderr; `--debug` shows the traceback. Results go
 to stdout (`--json`: one JSON value), progress to stderr: a bar on a terminal, plain lines elsewhere.
 """
 
@@ -166,21 +166,21 @@ def synthesize(
             )  # fmt: skip
         from .machine import peak_memory
 
+        cosine = {f"{pitch:g}": round(value, 4) for pitch, value in painted.cosine.items() if not math.isnan(value)}
+        gigabytes = round(peak_memory() / 1e9, 2)
         result = {
-            "path": str(painted.path), "synthetic": True, "height": painted.shape[0], "width": painted.shape[1], "mpp": mpp,
-            "region": list(painted.region), "seconds": round(painted.seconds, 1), "peak_memory_gb": round(peak_memory() / 1e9, 2),
-            "cosine": {f"{pitch:g}": None if math.isnan(value) else round(value, 4) for pitch, value in painted.cosine.items()},
-        }  # fmt: skip
+            **{"path": str(painted.path), "synthetic": True, "height": painted.shape[0], "width": painted.shape[1]},
+            **{"mpp": mpp, "region": list(painted.region), "seconds": round(painted.seconds, 1)},
+            **{"peak_memory_gb": gigabytes, "cosine": cosine},
+        }
         if json_:
             typer.echo(json.dumps(result, indent=1))
             return
         top, left, height, width = painted.region
         typer.echo(f"{painted.path}: synthetic, {painted.shape[0]} x {painted.shape[1]} pixels at {mpp:g} µm")
         typer.echo(f"after {ref.name}, region {top},{left},{height},{width} (level-0 pixels), seed {seed}")
-        typer.echo(f"took {painted.seconds:.0f} s and {peak_memory() / 1e9:.1f} GB")
-        shown = ", ".join(
-            f"{value:.3f} at {pitch:g} µm" for pitch, value in painted.cosine.items() if not math.isnan(value)
-        )
+        typer.echo(f"took {painted.seconds:.0f} s and {gigabytes:.1f} GB")
+        shown = ", ".join(f"{value:.3f} at {pitch} µm" for pitch, value in cosine.items())
         typer.echo(f"mean cosine of embeddings with the reference: {shown or 'no whole tile with tissue in both'}")
 
 

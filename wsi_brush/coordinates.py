@@ -89,7 +89,8 @@ def _strips(grid: Grid) -> list[Grid]:
 
 def _halved(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     h, w, c = image.shape
-    return np.rint(image.reshape(h // 2, 2, w // 2, 2, c).mean((1, 3), dtype=np.float32)).astype(np.uint8)
+    means = np.rint(image.reshape(h // 2, 2, w // 2, 2, c).mean((1, 3), dtype=np.float32))
+    return np.asarray(means, np.uint8)
 
 
 def _keep(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
@@ -119,7 +120,7 @@ class _Moments:
         detail = blocks - blocks.mean((1, 3), keepdims=True)
         self._detail[level] += float((detail**2).sum(dtype=np.float64)), detail.size
 
-    def add_embeddings(self, mpp: float, values: NDArray[np.float16]) -> None:
+    def add_embeddings(self, mpp: float, values: NDArray[np.float16] | NDArray[np.float32]) -> None:
         present = values.reshape(-1, self._dim).astype(np.float64)
         present = present[np.isfinite(present[:, 0])]
         total, squares, count = self._sums.get(mpp, (np.zeros(self._dim), np.zeros(self._dim), 0))
@@ -172,9 +173,9 @@ class TrainingPack:
 class Scenes:
     """A batch of scenes of one pitch, pixels in [-1, 1].
 
-    images: (n, 3, size, size); maps: by pitch of the embeddings (values (n, r, c, dim) not standardised, zeros where absent;
-    present (n, r, c); corner (n, 2) in pixels; cell in pixels); windows: (n, 2) corner of the contiguous window of side `window`;
-    points: (n, k, 2) scattered places outside the windows; weight: inverse density of the scattered points.
+    images: (n, 3, size, size); maps: by pitch of the embeddings (values (n, r, c, dim) not standardised, zeros where
+    absent; present (n, r, c); corner (n, 2) in pixels; cell in pixels); windows: (n, 2) corner of the contiguous window
+    of side `window`; points: (n, k, 2) scattered places outside the windows; weight: inverse density of those points.
     """
 
     mpp: float
@@ -189,14 +190,21 @@ class Scenes:
 class CoordinateSampler:
     """Endless draws of scenes from a pack.
 
-    shares: probability of each pitch; sizes: side of a scene at each pitch, pixels, a multiple of 32; window: side of the
-    contiguous window, a multiple of 32; points: scattered points a scene.
+    shares: probability of each pitch; sizes: side of a scene at each pitch, pixels, a multiple of 32; window: side of
+    the contiguous window, a multiple of 32; points: scattered points a scene.
     """
 
     def __init__(
-        self, pack: TrainingPack, *, shares: Sequence[float], sizes: Sequence[int], window: int, points: int, seed: int = 0,
+        self,
+        pack: TrainingPack,
+        *,
+        shares: Sequence[float],
+        sizes: Sequence[int],
+        window: int,
+        points: int,
+        seed: int = 0,
         held_out: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Raises:
         UsageError: if no slide has room for a scene of some pitch.
         """
@@ -226,7 +234,7 @@ class CoordinateSampler:
             if min(height, last - first) < self._sizes[pitch]:
                 continue
             first, last = self._span(slide.tissue.shape[1])
-            cells = np.argwhere(slide.tissue[:, first:last]) + (0, first)
+            cells = np.argwhere(slide.tissue[:, first:last]) + np.array([0, first])
             if len(cells):
                 found.append((number, cells))
         return found
@@ -252,7 +260,7 @@ class CoordinateSampler:
                 parts[pitch].append(_map_of(values, top, left, size, self._tile * pitch / mpp, turn))
             windows[index] = rng.integers(0, (size - self._window) // 32 + 1, 2) * 32
             points[index] = self._scatter(rng, windows[index], size)
-        maps = {}
+        maps: dict[float, tuple[NDArray[Any], NDArray[Any], NDArray[Any], float]] = {}
         for pitch, rows in parts.items():
             values, present, corner = (np.stack(column) for column in zip(*rows, strict=True))
             maps[pitch] = (values, present, corner, self._tile * pitch / mpp)
@@ -291,7 +299,7 @@ def _turned(image: NDArray[Any], turn: int) -> NDArray[Any]:
 def _map_of(
     values: NDArray[np.float16], top: int, left: int, size: int, cell: float, turn: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """The cells that bilinear reading inside a scene touches: values, presence, and corner in the turned scene's pixels."""
+    """The cells that bilinear reading inside a scene touches: values, presence, corner in the turned scene's pixels."""
     count = math.ceil(size / cell) + 2
     first = [math.floor(edge / cell - 0.5) for edge in (top, left)]
     rows, columns = (np.arange(start, start + count) for start in first)

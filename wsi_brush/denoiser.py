@@ -211,7 +211,7 @@ class Denoiser(nn.Module):
 
         Returns (n, r, c, 4 width) and global tokens (n, tokens, 4 width).
         """
-        n, rows, columns = total.shape[:3]
+        rows, columns = total.shape[1:3]
         at_rows = torch.arange(rows, device=total.device) * float(NODE)
         at_columns = torch.arange(columns, device=total.device) * float(NODE)
         u = self.layout_in(total / mass.clamp_min(1e-6)) + self._read(setting, at_rows, at_columns)
@@ -290,7 +290,8 @@ class Denoiser(nn.Module):
         fine = fine + self.leave4(mid, at4)
         for block in self.up2:
             fine = block(fine, setting.signal, at2)
-        return self.leave2(fine, at2)
+        out: Tensor = self.leave2(fine, at2)
+        return out
 
     # -- reading the condition -----------------------------------------------------------------------------
 
@@ -307,9 +308,9 @@ class Denoiser(nn.Module):
         return torch.stack([self._read_one(setting, rows, columns, s) for s in range(len(setting.signal))])
 
     def _places(self, setting: Setting, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.place(
-            torch.stack([self._places_one(setting, rows, columns, s) for s in range(len(setting.signal))])
-        )
+        waves = [self._places_one(setting, rows, columns, s) for s in range(len(setting.signal))]
+        place: Tensor = self.place(torch.stack(waves))
+        return place
 
 
 def _in_cells(lattice: ConditionMap, rows: Tensor, columns: Tensor, scene: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -146,8 +147,15 @@ Denoise = Callable[[Tensor, float], Tensor]
 Solver = Literal["2m", "ddim", "heun", "ancestral"]
 
 
-def solve(denoise: Denoise, x: Tensor, sigmas: Sequence[float], *, solver: Solver = "2m", noise: NoiseField | None = None,
-          place: Grid | None = None) -> Tensor:  # fmt: skip
+def solve(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    *,
+    solver: Solver = "2m",
+    noise: NoiseField | None = None,
+    place: Grid | None = None,
+) -> Tensor:
     """Carry the state x from sigmas[0] to sigmas[-1].
 
     2m: DPM-Solver++(2M), Lu et al. (2022), Alg. 2; ddim: its first order; heun: Karras et al. (2022), Alg. 2;
@@ -155,7 +163,7 @@ def solve(denoise: Denoise, x: Tensor, sigmas: Sequence[float], *, solver: Solve
     """
     old: Tensor | None = None
     before = 0.0
-    for index, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for index, (sigma, following) in enumerate(pairwise(sigmas)):
         image = denoise(x, sigma)
         if following == 0:
             return image

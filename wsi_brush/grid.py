@@ -86,7 +86,7 @@ class Grid:
         return Grid(self.mpp, self.top, self.left, height, width)
 
     def level(self, depth: int) -> Grid:
-        """This grid's extent at 2^depth times the pitch; a corner between pixels goes to the one above and left of it."""
+        """This grid's extent at 2^depth times the pitch; a corner between pixels goes up and left."""
         return Grid(
             self.mpp * 2**depth, self.top >> depth, self.left >> depth, self.height >> depth, self.width >> depth
         )

@@ -8,7 +8,7 @@ import sys
 
 
 def keep_memory() -> None:
-    """Ask glibc to keep large activations instead of handing each back to the kernel: 2 to 3 x on CPUs, elsewhere nothing.
+    """Ask glibc to keep large activations instead of handing each back to the kernel: 2 to 3 x on CPUs.
 
     For the whole process, so only programs call it (the command line does), never a library function.
     """

@@ -106,7 +106,7 @@ class KernelIntegral(nn.Module):
         if cells is not None:
             present = cells.neighbours >= 0
             near = _rows(u, cells.neighbours.clamp_min(0)) * present[..., None]
-            total = torch.einsum("pkc,ck->pc", near, self.kernel.flatten(1))
+            total = (near * self.kernel.flatten(1).T).sum(1)
             return total * (9.0 / present.sum(1, keepdim=True)) + self.bias
         total = functional.conv2d(u.permute(0, 3, 1, 2), self.kernel, padding=REACH, groups=u.shape[-1])
         return torch.addcmul(self.bias, total.permute(0, 2, 3, 1), _border(u))
@@ -138,10 +138,13 @@ class Coarsen(nn.Module):
             count = torch.zeros(len(cells.keys), device=u.device).index_add(
                 0, cells.children, torch.ones(len(u), device=u.device)
             )
-            return self.mix((room * (4.0 / count)[:, None, None]).flatten(1))
-        n, rows, columns, c = u.shape
-        children = u.reshape(n, rows // 2, 2, columns // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
-        return self.mix(children.reshape(n, rows // 2, columns // 2, 4 * c))
+            children = (room * (4.0 / count)[:, None, None]).flatten(1)
+        else:
+            n, rows, columns, c = u.shape
+            children = u.reshape(n, rows // 2, 2, columns // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+            children = children.reshape(n, rows // 2, columns // 2, 4 * c)
+        found: Tensor = self.mix(children)
+        return found
 
 
 class Refine(nn.Module):
@@ -153,7 +156,7 @@ class Refine(nn.Module):
 
     def forward(self, u: Tensor, cells: Cells | None = None) -> Tensor:
         """(n, rows, columns, c) -> (n, 2 rows, 2 columns, out), or (cells, c) -> (points, out)."""
-        children = self.mix(u)
+        children: Tensor = self.mix(u)
         if cells is not None:
             return _rows(children.unflatten(-1, (4, -1)).flatten(0, 1), cells.children * 4 + cells.slots)
         n, rows, columns, c = children.shape
@@ -178,7 +181,8 @@ class Block(nn.Module):
         scale, shift = _spread(self.modulate(signal), cells).chunk(2, -1)
         h = functional.layer_norm(self.kernel(u, cells), u.shape[-1:])
         h = functional.gelu(self.widen(torch.addcmul(shift, h, 1 + scale)))
-        return u + self.narrow(h)
+        change: Tensor = self.narrow(h)
+        return u + change
 
 
 def _spread(signal: Tensor, cells: Cells | None) -> Tensor:
@@ -187,7 +191,8 @@ def _spread(signal: Tensor, cells: Cells | None) -> Tensor:
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """table[index] whose gradient is an `index_add`: on CPUs many times faster than that of indexing."""
-    return table.index_select(0, index.flatten()).unflatten(0, index.shape)
+    found: Tensor = table.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return found
 
 
 class TokenSet(nn.Module):
@@ -254,7 +259,8 @@ class CrossAttention(nn.Module):
         total = query
         for sums in memory:
             total = total + attend(query, sums, cells) / len(memory)
-        return u + self.out(total.flatten(-2))
+        change: Tensor = self.out(total.flatten(-2))
+        return u + change
 
 
 def attend(query: Tensor, sums: Tensor, cells: Cells | None = None) -> Tensor:
@@ -279,14 +285,15 @@ class SelfAttention(nn.Module):
         tokens = (functional.layer_norm(u, u.shape[-1:]) + place).flatten(1, 2)
         (own,) = self.attention.sets
         memory = own(tokens, None if weights is None else weights.flatten(1))
-        return self.attention(u, place, [memory])
+        attended: Tensor = self.attention(u, place, [memory])
+        return attended
 
 
 def interpolate(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Bilinear reading of a lattice (r, c, channels) at the outer product of row and column positions, in cells.
 
-    Position 0 is the centre of the first cell; beyond the outer centres the edge is continued. (len(rows), len(columns),
-    channels). Written as two lerps by index, so a value does not depend on the window it is read in.
+    Position 0 is the centre of the first cell; beyond the outer centres the edge is continued. Returns (len(rows),
+    len(columns), channels). Written as two lerps by index, so a value does not depend on the window it is read in.
     """
     low, high, weight = _bracket(rows, table.shape[0])
     table = torch.lerp(table.index_select(0, low), table.index_select(0, high), weight[:, None, None])

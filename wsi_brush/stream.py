@@ -29,8 +29,8 @@ TILE = 768
 class CanvasDenoiser:
     """`denoise(x, sigma)` over a canvas at one pitch: x (3, h, w) -> the image that the brush sees in it.
 
-    canvas: the place to be painted, at the finest pitch; mpp: the pitch of x. h and w are multiples of NODE. With
-    `guidance` g other than 1 the operator is asked with and without the condition, and the difference is stretched g times
+    canvas: the place to be painted, at the finest pitch; mpp: the pitch of x; h and w are multiples of NODE.
+    With `guidance` g other than 1 the operator is asked with and without the condition, and the difference is stretched g times
     (classifier-free guidance, Ho and Salimans 2022).
     """
 

@@ -1,4 +1,4 @@
-"""Verb: brush + reference -> pyramid. A new slide that follows a reference's embeddings and copies none of its pixels."""
+"""Verb: brush + reference -> pyramid: a new slide that follows a reference's embeddings and copies none of its pixels."""
 
 from __future__ import annotations
 
@@ -35,8 +35,11 @@ KIND = "pyramid"
 
 @dataclass(frozen=True)
 class Painting:
-    """What is to be painted, and how. `region`: (top, left, height, width) in level-0 pixels of the reference; else the
-    `size` x `size` pixels at `mpp` with the most tissue."""
+    """What is to be painted, and how.
+
+    `region`: (top, left, height, width) in level-0 pixels of the reference; else the `size` x `size` pixels at
+    `mpp` with the most tissue.
+    """
 
     size: int = 4096
     region: tuple[int, int, int, int] | None = None
@@ -75,7 +78,7 @@ def choose_canvas(slide: Slide, painting: Painting, tissue: Tissue) -> Grid:
     scale = slide.mpp / painting.mpp
     if painting.region is not None:
         top, left, height, width = painting.region
-        inside = 0 <= top and 0 <= left and top + height <= slide.grid.height and left + width <= slide.grid.width
+        inside = min(top, left) >= 0 and top + height <= slide.grid.height and left + width <= slide.grid.width
         if not inside or height < 1 or width < 1:
             raise UsageError(
                 f"{slide.path}: region {top},{left},{height},{width} is not inside the slide; level 0 is "
@@ -130,21 +133,16 @@ def paint_canvas(
     whole = canvas.rounded(32 << (len(ladder.pitches) - 1))
     field = NoiseField(painting.seed)
     counter = _Counter(rungs, ladder.pitches, whole, tell)
-    state: Tensor | None = None
-    for rung in rungs:
-        level = ladder.pitches.index(rung.mpp)
-        place = whole.level(level)
-        if state is None:
-            state = rung.sigmas[0] * field.read(place, stream=0)
-        else:
-            state = finer(state, before, ladder.details[level], field.read(place, stream=1 + level))
+    state = rungs[0].sigmas[0] * field.read(whole.level(ladder.pitches.index(rungs[0].mpp)))
+    for index, rung in enumerate(rungs):
+        if index:
+            level = ladder.pitches.index(rung.mpp)
+            noise = field.read(whole.level(level), stream=1 + level)
+            state = finer(state, rungs[index - 1].sigmas[-1], ladder.details[level], noise)
         denoise = CanvasDenoiser(
             brush, maps, whole, mpp=rung.mpp, guidance=painting.guidance, tile=painting.tile, tell=counter.add
         )
         state = solve(denoise, state, rung.sigmas)
-        before = rung.sigmas[-1]
-    if state is None:
-        raise ValueError("a ladder has at least one rung")
     return state[:, : canvas.height, : canvas.width]
 
 
@@ -181,8 +179,8 @@ def synthesize_slide(
         raise UsageError(f"{png}: its folder is missing or cannot be written to")
     if brush.about["fingerprint"] != encoder.fingerprint:
         raise UsageError(
-            f"the brush was trained on embeddings of {brush.about['encoder']} ({brush.about['fingerprint'][:12]}), the encoder is "
-            f"{encoder.name} ({encoder.fingerprint[:12]}); use the encoder it was trained with"
+            f"the brush was trained on embeddings of {brush.about['encoder']} ({brush.about['fingerprint'][:12]}), "
+            f"the encoder is {encoder.name} ({encoder.fingerprint[:12]}); use the encoder it was trained with"
         )
     slide = open_slide(reference, assume_mpp=assume_mpp, force_mpp=force_mpp)
     tissue = find_tissue(slide)

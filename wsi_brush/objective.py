@@ -1,0 +1,149 @@
+"""What a training step minimises: the loss of a batch of scenes, at its windows' points and at its scattered points."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .coordinates import Scenes
+from .denoiser import ConditionMap, Denoiser, Setting
+from .diffusion import Ladder, Objective, coefficients, loss
+from .field import mollifier, mollifier_radius
+from .operators import Scatter, nodes, splat
+
+
+class Drawing(Protocol):
+    """How noise levels and conditions are drawn, and what the operator says; `train.Optimisation` is one."""
+
+    @property
+    def objective(self) -> Objective:
+        """`v` or `x0`."""
+
+    @property
+    def unconditional(self) -> float:
+        """Part of the scenes whose condition is withheld."""
+
+    @property
+    def full_range(self) -> float:
+        """Part of the scenes whose noise is drawn from the whole range, whatever their pitch."""
+
+    @property
+    def margin(self) -> float:
+        """Factor beyond the noise levels that the solver visits."""
+
+
+def draw_sigma(ladder: Ladder, mpp: float, count: int, drawing: Drawing, generator: torch.Generator) -> Tensor:
+    """Noise levels for scenes of a pitch: log-uniform over what the solver visits there, some over the whole range."""
+    level = ladder.pitches.index(mpp)
+    low, high = ladder.span(level)
+    low, high = low / drawing.margin, high * (drawing.margin if level < len(ladder.pitches) - 1 else 1.0)
+    whole = torch.rand(count, generator=generator) < drawing.full_range
+    place = torch.rand(count, generator=generator)
+    near = math.log(low) + place * math.log(high / low)
+    far = math.log(ladder.sigma_min) + place * math.log(ladder.sigma_max / ladder.sigma_min)
+    return torch.where(whole, far, near).exp()
+
+
+def losses(
+    denoiser: Denoiser,
+    ladder: Ladder,
+    scenes: Scenes,
+    about: dict[str, Any],
+    drawing: Drawing,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Mean loss over the windows' points and over the scattered points of a batch of scenes.
+
+    Both estimate the scenes' mean loss without bias, so any mixture of them does.
+    """
+    image = torch.from_numpy(scenes.images)
+    n, _, size, _ = image.shape
+    sigma = draw_sigma(ladder, scenes.mpp, n, drawing, generator)
+    wide = sigma[:, None, None, None]
+    noisy = image + wide * torch.randn(image.shape, generator=generator)
+    given = noisy * coefficients(wide)[2]
+    known = (torch.rand(n, generator=generator) >= drawing.unconditional).float()
+    origin = torch.rand(n, 2, generator=generator).double() * 8192
+    setting = denoiser.setting(sigma, scenes.mpp, _maps(scenes, about), origin=origin, known=known)
+    corners = torch.from_numpy(scenes.windows)
+    side = scenes.window
+
+    def windows(of: Tensor) -> Tensor:
+        cut = [of[s, :, r : r + side, c : c + side] for s, (r, c) in enumerate(corners.tolist())]
+        return torch.stack(cut)
+
+    scattered = scenes.weight > 0
+    points = torch.from_numpy(scenes.points)
+    scatter = _scatter(points) if scattered else None
+    values = mollified_at(given, points, denoiser.config.mollifier) if scattered else given
+    grid, tokens = denoiser.layout(
+        *_gathered(denoiser, windows(given), corners, setting, size, scatter, values, scenes), setting
+    )
+    memory = denoiser.memory(tokens, setting)
+    said = denoiser.paint(windows(given), setting, grid, memory, corner=(corners[:, 0], corners[:, 1]))
+    window = loss(said, windows(image), windows(noisy), wide, objective=drawing.objective).mean()
+    if scatter is None:
+        return window, torch.zeros(())
+    said = denoiser.paint_points(values, scatter, setting, grid, memory)
+    scene, rows, columns = scatter.scene, scatter.rows, scatter.columns
+    at = loss(
+        said,
+        image[scene, :, rows, columns],
+        noisy[scene, :, rows, columns],
+        sigma[scene][:, None],
+        objective=drawing.objective,
+    )
+    return window, at.mean()
+
+
+def _scatter(points: Tensor) -> Scatter:
+    scene = torch.arange(len(points))[:, None].expand(points.shape[:2]).flatten()
+    return Scatter.of(scene, points[..., 0].flatten(), points[..., 1].flatten(), levels=3)
+
+
+def _maps(scenes: Scenes, about: dict[str, Any]) -> list[ConditionMap]:
+    maps = []
+    for mpp, (values, present, corner, cell) in sorted(scenes.maps.items()):
+        moments = about["embeddings"][f"{mpp:g}"]
+        there = torch.from_numpy(present)
+        standard = (torch.from_numpy(values) - torch.tensor(moments["mean"])) / torch.tensor(moments["std"])
+        maps.append(ConditionMap(standard * there[..., None], there, torch.from_numpy(corner), cell))
+    return maps
+
+
+def _gathered(
+    denoiser: Denoiser, window: Tensor, corners: Tensor, setting: Setting, size: int, scatter: Scatter | None,
+    values: Tensor, scenes: Scenes,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Node sums and their mass of a batch of scenes, from the windows' cells and the scattered points' cells."""
+    n, side = len(window), window.shape[2] // 32
+    count = size // 32 + 1
+    own = nodes(denoiser.sketch(window, setting))
+    own = torch.cat([own, nodes(splat(torch.ones(n, side * 4, side * 4, 1), 4))], -1)
+    total = torch.zeros(n, count, count, own.shape[-1])
+    for scene, (row, column) in enumerate((corners // 32).tolist()):
+        total[scene, row : row + side + 1, column : column + side + 1] = own[scene]
+    if scatter is not None:
+        cells = (size**2 - window.shape[2] ** 2) / 64
+        occupied = 1 - (1 - 1 / cells) ** scenes.points.shape[1]  # the chance that a cell holds a point
+        total = total + denoiser.sketch_points(values, scatter, 1 / occupied, setting, (size, size))
+    return total[..., :-1], total[..., -1:]
+
+
+def mollified_at(image: Tensor, points: Tensor, width: float) -> Tensor:
+    """A x at scattered points only: (n, 3, h, w) and (n, k, 2) -> (n k, 3); equals `field.mollify` there."""
+    radius, taps = mollifier_radius(width), mollifier(width)
+    n, _, h, w = image.shape
+    scene = torch.arange(n)[:, None]
+    total = image.new_zeros(n, points.shape[1], image.shape[1])
+    mass = image.new_zeros(n, points.shape[1])
+    for down, first in zip(range(-radius, radius + 1), taps, strict=True):
+        for right, second in zip(range(-radius, radius + 1), taps, strict=True):
+            rows, columns = points[..., 0] + down, points[..., 1] + right
+            here = ((rows >= 0) & (rows < h) & (columns >= 0) & (columns < w)) * (first * second)
+            total = total + image[scene, :, rows.clamp(0, h - 1), columns.clamp(0, w - 1)] * here[..., None]
+            mass = mass + here
+    return (total / mass[..., None]).flatten(0, 1)
