@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -33,6 +34,8 @@ from wsi_brush.operators import (
     splat_at,
 )
 
+Operator = TypeVar("Operator", bound=nn.Module)
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -43,7 +46,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomised(module: Operator) -> Operator:
     """No weight is zero: output layers start at zero, and would hide what stands before them."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -150,11 +153,11 @@ def test_a_pyramid_of_operators_is_the_same_on_a_full_scatter() -> None:
     order = torch.randperm(2 * 8 * 12)
     mixed = Scatter.of(scatter.scene[order], scatter.rows[order], scatter.columns[order], levels=2)
     lattice, points = u, u.flatten(0, 2)[order]
-    for operator, cells in zip(down, mixed.levels, strict=True):
-        lattice, points = operator(lattice), operator(points, cells)
+    for coarsen, cells in zip(down, mixed.levels, strict=True):
+        lattice, points = coarsen(lattice), coarsen(points, cells)
     lattice, points = block(lattice, signal), block(points, signal, mixed.levels[1])
-    for operator, cells in zip(up, reversed(mixed.levels), strict=True):
-        lattice, points = operator(lattice), operator(points, cells)
+    for refine, cells in zip(up, reversed(mixed.levels), strict=True):
+        lattice, points = refine(lattice), refine(points, cells)
     close(points, lattice.flatten(0, 2)[order])
 
 
@@ -282,6 +285,7 @@ def test_cross_attention_is_equation_10_of_the_paper() -> None:
     query = operator.query(functional.layer_norm(u, (8,)) + place).reshape(4, 2, 4).softmax(-1)
     total = query.clone()
     for kept, tokens in zip(operator.sets, sets, strict=True):
+        assert isinstance(kept, TokenSet)
         key = kept.key(tokens[0]).reshape(-1, 2, 4).softmax(-1)
         value = kept.value(tokens[0]).reshape(-1, 2, 4)
         score = torch.einsum("phd,jhd->phj", query, key)

@@ -362,6 +362,7 @@ def write_weights(training: Training, sampler: Sampler, folder: Path) -> None:
             "versions": {"torch": torch.__version__, "timm": timm.__version__},
         },
     }
+    partial.chmod(0o644)  # safetensors writes for the owner alone
     os.replace(partial, folder / "encoder.safetensors")
     write_json(folder / "encoder.json", about)
 
