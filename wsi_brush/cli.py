@@ -1,8 +1,8 @@
 """The words.
 
-Exit codes: 0 done (an empty slide is a valid result), 1 usage, 2 environment, 3 finished with failed slides or a
-slide that cannot be read, 4 refused, 130 interrupted. Errors are one line on stderr; `--debug` shows the traceback. Results go
-to stdout (`--json`: one JSON value), progress to stderr: a bar on a terminal, plain lines elsewhere.
+Exit codes: 0 done (an empty slide is a valid result), 1 usage, 2 environment, 3 finished with failed slides or a slide
+that cannot be read, 4 refused, 130 interrupted. Errors are one line on stderr; `--debug` shows the traceback too.
+Results go to stdout (`--json`: one JSON value), progress to stderr: a bar on a terminal, plain lines elsewhere.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from . import __version__
 from .errors import MachineError, UsageError, WsiBrushError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it needs; do nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors, and what --json asks for.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it needs; write nothing.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that wsi-brush made.")]
 AssumeMpp = Annotated[
@@ -36,24 +40,25 @@ ForceMpp = Annotated[
     float | None, typer.Option(help="Pixel size in µm whatever the header says; recorded.", metavar="MPP")
 ]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 for all.", min=0)]
-EncoderName = Annotated[
-    str, typer.Option("--encoder", help="bundled, timm:NAME, hf-hub:ORG/NAME or a .safetensors file.")
-]
+_ENCODERS = "bundled, timm:NAME, hf-hub:ORG/NAME or a .safetensors file"
 
 
 @app.callback(invoke_without_command=True)
-def words(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def words(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     """Paint new tissue: whole-slide images to embeddings, and embeddings to new whole-slide images."""
     if version:
         typer.echo(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
 def embed(
     slides: Annotated[list[Path], typer.Argument(help="Slides, or folders of slides.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the stores, one a slide.")],
-    encoder: EncoderName = "bundled",
+    encoder: Annotated[str, typer.Option(help=f"{_ENCODERS}.")] = "bundled",
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,
     overwrite: Overwrite = False,
@@ -68,12 +73,15 @@ def embed(
         from .embed import embed_slides, find_slides
         from .encoder import load_encoder
 
-        if dry_run:
-            _print_plan({"slides": [str(path) for path in find_slides(slides)], "stores": str(out)}, json_)
-            return
         _prepare(threads)
         loaded = load_encoder(encoder)
-        with _Progress(quiet) as progress:
+        if dry_run:
+            _print_plan(
+                {"slides": [str(path) for path in find_slides(slides)], "stores": str(out), "encoder": loaded.name},
+                json_,
+            )
+            return
+        with _Shown(quiet) as progress:
             reports = embed_slides(
                 slides, out, encoder=loaded, assume_mpp=assume_mpp, force_mpp=force_mpp, overwrite=overwrite,
                 progress=lambda path, done, total: progress(path.name, done, total),
@@ -88,11 +96,13 @@ def embed(
         ]  # fmt: skip
         if json_:
             typer.echo(json.dumps(rows, indent=1))
-        else:
+        elif not quiet:
             _print_table(rows)
-        codes = [report.exit_code for report in reports if report.exit_code]
-        if codes:
-            raise typer.Exit(codes[0] if len(codes) == len(reports) == 1 else 3)
+        failed = [report for report in reports if report.exit_code]
+        for report in failed:
+            _say(report.message)
+        if failed:
+            raise typer.Exit(failed[0].exit_code if len(reports) == 1 else 3)
 
 
 @app.command()
@@ -107,7 +117,8 @@ def synthesize(
     ] = None,
     mpp: Annotated[float, typer.Option(help="µm per pixel of the new slide.")] = 0.5,
     brush: Annotated[str, typer.Option(help="bundled, or the folder of a brush.")] = "bundled",
-    seed: Annotated[int, typer.Option(help="Another seed, another painting.")] = 0,
+    encoder: Annotated[str | None, typer.Option(help=f"{_ENCODERS}. [the one that the brush names]")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another painting.", min=0, max=2**63 - 1)] = 0,
     steps: Annotated[int, typer.Option(help="Evaluations of the solver.", min=5, max=1000)] = 20,
     guidance: Annotated[
         float, typer.Option(help="How strongly the embeddings are followed; 1 is half the work.")
@@ -127,61 +138,40 @@ def synthesize(
         if region is not None and size is not None:
             raise UsageError("--region and --size exclude each other; give one")
         if not math.isfinite(guidance):
-            raise UsageError(f"a guidance of {guidance} makes no sense; give a number, such as --guidance 2")
-        from .slide import open_slide
-        from .synthesize import Painting, choose_canvas, synthesize_slide
-        from .tissue import find_tissue
-
-        painting = Painting(
-            size=4096 if size is None else size,
-            region=_read_region(region),
-            mpp=mpp,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-        )
-        if dry_run:
-            slide = open_slide(ref, assume_mpp=assume_mpp, force_mpp=force_mpp)
-            canvas = choose_canvas(slide, painting, find_tissue(slide))
-            pixels = canvas.height * canvas.width
-            _print_plan(
-                {
-                    "canvas": f"{canvas.height} x {canvas.width} pixels at {canvas.mpp:g} µm",
-                    "corner": f"{canvas.top}, {canvas.left} (pixels at {canvas.mpp:g} µm)",
-                    "memory": f"about {1.2 + pixels * 90 / 1e9:.1f} GB",
-                    "disk": f"about {pixels * 3.5 / 1e6:.0f} MB",
-                },
-                json_,
-            )
-            return
+            raise UsageError(f"--guidance {guidance}: expected a number, such as 2")
+        place = _read_region(region)
         from .brush import load_brush
         from .encoder import load_encoder
+        from .synthesize import Painting, synthesize_slide
 
+        painting = Painting(4096 if size is None else size, place, mpp, seed, steps, guidance)
         _prepare(threads)
         loaded = load_brush(brush)
-        with _Progress(quiet) as progress:
+        if dry_run:
+            _print_plan(_plan_painting(loaded, ref, out, painting, assume_mpp, force_mpp), json_)
+            return
+        with _Shown(quiet) as progress:
             painted = synthesize_slide(
-                ref, out, painting, brush=loaded, encoder=load_encoder(loaded.about["encoder"]), assume_mpp=assume_mpp,
-                force_mpp=force_mpp, overwrite=overwrite, png=png, tell=progress,
+                ref, out, painting, brush=loaded, encoder=load_encoder(encoder or loaded.about["encoder"]),
+                assume_mpp=assume_mpp, force_mpp=force_mpp, overwrite=overwrite, png=png, tell=progress,
             )  # fmt: skip
         from .machine import peak_memory
 
         cosine = {f"{pitch:g}": round(value, 4) for pitch, value in painted.cosine.items() if not math.isnan(value)}
-        gigabytes = round(peak_memory() / 1e9, 2)
+        height, width = painted.shape
         result = {
-            **{"path": str(painted.path), "synthetic": True, "height": painted.shape[0], "width": painted.shape[1]},
-            **{"mpp": mpp, "region": list(painted.region), "seconds": round(painted.seconds, 1)},
-            **{"peak_memory_gb": gigabytes, "cosine": cosine},
-        }
+            "path": str(painted.path), "synthetic": True, "height": height, "width": width, "mpp": mpp,
+            "region": list(painted.region), "seed": seed, "seconds": round(painted.seconds, 1),
+            "peak_memory_gb": round(peak_memory() / 1e9, 2), "cosine": cosine,
+        }  # fmt: skip
         if json_:
             typer.echo(json.dumps(result, indent=1))
-            return
-        top, left, height, width = painted.region
-        typer.echo(f"{painted.path}: synthetic, {painted.shape[0]} x {painted.shape[1]} pixels at {mpp:g} µm")
-        typer.echo(f"after {ref.name}, region {top},{left},{height},{width} (level-0 pixels), seed {seed}")
-        typer.echo(f"took {painted.seconds:.0f} s and {gigabytes:.1f} GB")
-        shown = ", ".join(f"{value:.3f} at {pitch} µm" for pitch, value in cosine.items())
-        typer.echo(f"mean cosine of embeddings with the reference: {shown or 'no whole tile with tissue in both'}")
+        elif not quiet:
+            typer.echo(f"{painted.path}: synthetic, {height} x {width} pixels at {mpp:g} µm")
+            typer.echo(f"after {ref.name}, region {','.join(map(str, painted.region))} (level-0 pixels), seed {seed}")
+            typer.echo(f"took {painted.seconds:.0f} s and {result['peak_memory_gb']:.1f} GB")
+            shown = ", ".join(f"{value:.3f} at {pitch} µm" for pitch, value in cosine.items())
+            typer.echo(f"mean cosine of embeddings with the reference: {shown or 'no whole tile with tissue in both'}")
 
 
 @app.command()
@@ -201,26 +191,28 @@ def train(
         from .train import read_config, train_brush
 
         read = read_config(config)
-        work = work or out.with_name(f"{out.name}.work")
+        work = work or out.resolve().with_name(f"{out.resolve().name}.work")
         if dry_run:
-            budget = {"steps": read.optimisation.steps, "minutes": read.optimisation.minutes}
+            minutes = read.optimisation.minutes
+            budget = {"steps": read.optimisation.steps, "minutes": minutes if math.isfinite(minutes) else "no limit"}
             _print_plan({"slides": [source.path for source in read.data.slides], "work": str(work), **budget}, json_)
             return
         _prepare(read.optimisation.threads)
         tell: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
         brush = train_brush(read, out, work=work, slides=slides, overwrite=overwrite, tell=tell)
-        result = {
-            "path": str(out),
-            "steps": brush.about["training"]["steps"],
-            "minutes": brush.about["training"]["minutes"],
-        }
-        typer.echo(json.dumps(result) if json_ else f"{out}: {result['steps']} steps in {result['minutes']} minutes")
+        training = brush.about["training"]
+        result = {"path": str(out), "steps": training["steps"], "minutes": training["minutes"]}
+        if json_:
+            typer.echo(json.dumps(result))
+        elif not quiet:
+            typer.echo(f"{out}: {result['steps']} steps in {result['minutes']} minutes")
 
 
 @app.command()
 def verify(
     paths: Annotated[list[Path], typer.Argument(help="Stores, pyramids or brushes.")],
     json_: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Whether finished artefacts are whole: every file there, and as it was written."""
@@ -230,20 +222,32 @@ def verify(
         found = {str(path): find_problems(path) for path in paths}
         if json_:
             typer.echo(json.dumps(found, indent=1))
-        else:
-            for path, problems in found.items():
-                typer.echo(f"{path}: {'; '.join(problems) if problems else 'whole'}")
+        for path, problems in found.items():
+            if problems:
+                _say(f"{path}: {'; '.join(problems)}")
+            elif not quiet and not json_:
+                typer.echo(f"{path}: whole")
         if any(found.values()):
             raise typer.Exit(4)
 
 
+# The base of the errors that the parser of options raises; Typer moved it between versions.
+_MISUSE: type[typer.BadParameter] = typer.BadParameter.__mro__[2]
+
+
 def main() -> NoReturn:
     """The `wsi-brush` command."""
+    code = 1
     try:
-        app()
-    except KeyboardInterrupt:
+        code = app(standalone_mode=False) or 0
+    except _MISUSE as error:
+        context = getattr(error, "ctx", None)
+        _say(f"{error.format_message()} See: {context.command_path if context else 'wsi-brush'} --help")
+    except typer.Abort:
+        code = 130
+    if code == 130:
         _interrupted()
-    sys.exit(0)
+    sys.exit(code)
 
 
 # -- manners -------------------------------------------------------------------------------------------
@@ -254,32 +258,32 @@ def _errors(debug: bool) -> Iterator[None]:
     """What a user can put right becomes one line and an exit code."""
     try:
         yield
-    except WsiBrushError as error:
-        if debug:
-            raise
-        _fail(" ".join(str(error).split()), error.exit_code)
     except KeyboardInterrupt:
-        if debug:
-            raise
         _interrupted()
-    except MemoryError:
+    except (WsiBrushError, OSError, MemoryError) as error:
         if debug:
-            raise
-        _fail("out of memory; paint a smaller region, or on a larger machine", MachineError.exit_code)
-    except OSError as error:
-        if debug:
-            raise
-        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", MachineError.exit_code)
+            traceback.print_exc()
+        if isinstance(error, WsiBrushError):
+            _say(str(error))
+            raise typer.Exit(error.exit_code) from None
+        if isinstance(error, OSError):
+            _say(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        else:
+            _say("out of memory; paint a smaller region, or on a larger machine")
+        raise typer.Exit(MachineError.exit_code) from None
 
 
-def _fail(line: str, code: int) -> NoReturn:
-    typer.echo(f"wsi-brush: {line}", err=True)
-    raise typer.Exit(code)
+def _say(line: str) -> None:
+    """One line on stderr, whatever is in it."""
+    typer.echo(f"wsi-brush: {' '.join(line.split())}", err=True)
 
 
 def _interrupted() -> NoReturn:
-    typer.echo("wsi-brush: interrupted; nothing unfinished was left, run the same command again", err=True)
-    sys.exit(130)
+    """Leave at once: threads of zarr and torch may still be at work, and would complain on their way out."""
+    _say("interrupted; nothing unfinished was left, run the same command again")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
 
 
 def _prepare(threads: int) -> None:
@@ -288,7 +292,8 @@ def _prepare(threads: int) -> None:
     from .machine import keep_memory
 
     keep_memory()
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def _read_region(text: str | None) -> tuple[int, int, int, int] | None:
@@ -303,6 +308,28 @@ def _read_region(text: str | None) -> tuple[int, int, int, int] | None:
     return top, left, height, width
 
 
+def _plan_painting(
+    brush: Any, ref: Path, out: Path, painting: Any, assume_mpp: float | None, force_mpp: float | None
+) -> dict[str, Any]:
+    """Where would be painted, and what it would need."""
+    from .slide import open_slide
+    from .synthesize import choose_canvas, estimate_seconds
+    from .tissue import find_tissue
+
+    brush.ladder.starting_at(painting.mpp)
+    slide = open_slide(ref, assume_mpp=assume_mpp, force_mpp=force_mpp)
+    canvas = choose_canvas(slide, painting, find_tissue(slide))
+    pixels = canvas.height * canvas.width
+    return {
+        "canvas": f"{canvas.height} x {canvas.width} pixels at {canvas.mpp:g} µm",
+        "corner": f"row {canvas.top}, column {canvas.left} (pixels at {canvas.mpp:g} µm)",
+        "time": f"about {estimate_seconds(brush, canvas, painting) / 60:.1f} minutes of painting",
+        "memory": f"about {1.2 + pixels * 90 / 1e9:.1f} GB",
+        "disk": f"at most {pixels * 4 / 1e6:.0f} MB",
+        "output": f"{out}{' (exists)' if out.exists() else ''}",
+    }
+
+
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(plan, indent=1))
@@ -315,21 +342,24 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("slide", "status", "tiles", "seconds", "µm/px", "from", "")
+    table = Table("slide", "status", "tiles", "seconds", "µm/px", "from")
     for row in rows:
         mpp = "" if row["mpp"] is None else f"{row['mpp']:.4g}"
-        cells = (Path(row["slide"]).name, row["status"], str(row["tiles"]), str(row["seconds"]), mpp, row["mpp_source"])
-        table.add_row(*cells, row["message"])
+        table.add_row(
+            Path(row["slide"]).name, row["status"], str(row["tiles"]), str(row["seconds"]), mpp, row["mpp_source"]
+        )
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-class _Progress:
-    """A bar on a terminal, a plain line every ten seconds elsewhere; on stderr."""
+class _Shown:
+    """Progress on stderr: a bar on a terminal, elsewhere a plain line when it begins, every ten seconds, and at the end."""
 
     def __init__(self, quiet: bool) -> None:
-        self._quiet, self._bar, self._task, self._what, self._said = quiet, None, None, "", 0.0
+        self._quiet, self._what, self._said = quiet, "", 0.0
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> _Shown:
         if not self._quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -346,12 +376,13 @@ class _Progress:
     def __call__(self, what: str, done: int, total: int) -> None:
         if self._quiet:
             return
+        new, self._what = what != self._what, what
         if self._bar is not None:
-            if what != self._what or self._task is None:
-                self._what, self._task = what, self._bar.add_task(what, total=total)
+            if new or self._task is None:
+                self._task = self._bar.add_task(what, total=total)
             self._bar.update(self._task, completed=done)
             return
         now = time.monotonic()
-        if what != self._what or now - self._said > 10 or done >= total:
-            self._what, self._said = what, now
+        if new or now - self._said > 10 or done >= total:
+            self._said = now
             typer.echo(f"{what}: {100 * done // max(total, 1)} %", err=True)

@@ -1,10 +1,15 @@
-"""What the machine lends: memory that is kept, threads, and what was used."""
+"""What the machine lends: memory that is kept, memory that was used, and Ctrl-C at a good moment."""
 
 from __future__ import annotations
 
 import ctypes
 import resource
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
 def keep_memory() -> None:
@@ -27,3 +32,32 @@ def peak_memory() -> int:
     """Bytes that this process has held at most."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until the block is over; a second one does not.
+
+    For writing with zarr, whose own thread goes on writing while the main one is already clearing up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before):  # ignored, or not Python's to handle
+        yield
+        return
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        if waiting:
+            before(number, frame)
+        waiting.append((number, frame))
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        before(*waiting[0])

@@ -1,4 +1,7 @@
-"""Verb: brush + reference -> pyramid: a new slide that follows a reference's embeddings and copies none of its pixels."""
+"""Verb: brush + reference -> pyramid: a new slide that follows a reference's embeddings and copies none of its pixels.
+
+The canvas is a place on the reference's own plane, so the painting lies where its reference lies.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,23 @@ from torch import Tensor
 from . import __version__
 from .brush import Brush
 from .commit import check_target, staged
-from .diffusion import Rung, finer, solve
-from .embed import embed_region
+from .diffusion import Ladder, finer, solve
+from .embed import COVER, embed_region
 from .encoder import Encoder
-from .errors import UsageError
+from .errors import MachineError, RefusedError, UsageError
 from .field import NoiseField
 from .grid import Grid
+from .machine import undisturbed
 from .pyramid import SHARD, Pyramid
 from .slide import Slide, open_slide
 from .store import EmbeddingMap
 from .stream import TILE, CanvasDenoiser
-from .tissue import Tissue, find_tissue
+from .tissue import PITCH, Tissue, find_tissue, tissue_mask
 
 KIND = "pyramid"
+MARK = "right half: synthetic image, painted by wsi-brush; not for diagnosis"
+"""Stands in the comment of every picture of a pair."""
+_BATCH = 128  # tiles compared at once
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,10 @@ class Painting:
 
 @dataclass(frozen=True)
 class Painted:
-    """What came of it: where the slide is, which region (level-0 pixels of the reference), what it took, how close it is.
+    """What came of it: where the slide is, its region (level-0 pixels of the reference), what it took.
 
-    cosine: mean cosine between the standardised embeddings of the painting and of its reference, by pitch in µm.
+    cosine: how close it is, the mean cosine between the standardised embeddings of the painting and of its reference,
+    by pitch in µm; NaN where no whole tile holds tissue in both.
     """
 
     path: Path
@@ -69,6 +77,9 @@ Tell = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 
+# -- where ---------------------------------------------------------------------------------------------
+
+
 def choose_canvas(slide: Slide, painting: Painting, tissue: Tissue) -> Grid:
     """The pixels to paint, at the painting's pitch.
 
@@ -77,17 +88,7 @@ def choose_canvas(slide: Slide, painting: Painting, tissue: Tissue) -> Grid:
     """
     scale = slide.mpp / painting.mpp
     if painting.region is not None:
-        top, left, height, width = painting.region
-        inside = min(top, left) >= 0 and top + height <= slide.grid.height and left + width <= slide.grid.width
-        if not inside or height < 1 or width < 1:
-            raise UsageError(
-                f"{slide.path}: region {top},{left},{height},{width} is not inside the slide; level 0 is "
-                f"{slide.grid.height} x {slide.grid.width} pixels; give TOP,LEFT,HEIGHT,WIDTH within it"
-            )
-        edges = (round(top * scale), round(left * scale), round((top + height) * scale), round((left + width) * scale))
-        if edges[2] <= edges[0] or edges[3] <= edges[1]:
-            raise UsageError(f"{slide.path}: the region is smaller than one pixel at {painting.mpp:g} µm; enlarge it")
-        return Grid(painting.mpp, edges[0], edges[1], edges[2] - edges[0], edges[3] - edges[1])
+        return _canvas_of(slide, painting.region, painting.mpp)
     if painting.size < 1:
         raise UsageError(f"a size of {painting.size} pixels cannot be painted; give --size 4096")
     room = [math.floor(side * scale + 1e-6) for side in slide.grid.shape]
@@ -96,28 +97,45 @@ def choose_canvas(slide: Slide, painting: Painting, tissue: Tissue) -> Grid:
             f"{slide.path}: {room[0]} x {room[1]} pixels at {painting.mpp:g} µm, too small for {painting.size} x "
             f"{painting.size}; give --size {min(room)} or less"
         )
-    top, left = _richest(tissue, painting.size * painting.mpp)
     # whole cells of the coarsest pitch, so that every level of the ladder starts at a pixel
-    corner = [
+    top, left = (
         min(round(place / painting.mpp), side - painting.size) // 16 * 16
-        for place, side in zip((top, left), room, strict=True)
-    ]
-    return Grid(painting.mpp, corner[0], corner[1], painting.size, painting.size)
+        for place, side in zip(_richest(tissue, painting.size * painting.mpp), room, strict=True)
+    )
+    return Grid(painting.mpp, top, left, painting.size, painting.size)
+
+
+def _canvas_of(slide: Slide, region: tuple[int, int, int, int], mpp: float) -> Grid:
+    top, left, height, width = region
+    inside = min(top, left) >= 0 and top + height <= slide.grid.height and left + width <= slide.grid.width
+    if not inside or height < 1 or width < 1:
+        raise UsageError(
+            f"{slide.path}: region {top},{left},{height},{width} is not inside the slide; level 0 is "
+            f"{slide.grid.height} x {slide.grid.width} pixels; give TOP,LEFT,HEIGHT,WIDTH within it"
+        )
+    scale = slide.mpp / mpp
+    first, last = ((round(edge * scale) for edge in edges) for edges in ((top, left), (top + height, left + width)))
+    (top, left), (bottom, right) = first, last
+    if bottom <= top or right <= left:
+        raise UsageError(f"{slide.path}: the region is smaller than one pixel at {mpp:g} µm; enlarge it")
+    return Grid(mpp, top, left, bottom - top, right - left)
 
 
 def _richest(tissue: Tissue, side: float) -> tuple[float, float]:
     """Corner in µm of the square of `side` µm with the most tissue; of equals the one nearest the tissue's middle."""
     mask, mpp = tissue.mask, tissue.grid.mpp
-    cells = [max(1, min(round(side / mpp), length)) for length in mask.shape]
+    down, right = (max(1, min(round(side / mpp), length)) for length in mask.shape)
     total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int64)
     total[1:, 1:] = mask.cumsum(0).cumsum(1)
-    down, right = cells
     counts = total[down:, right:] - total[:-down, right:] - total[down:, :-right] + total[:-down, :-right]
     best = np.argwhere(counts == counts.max())
     places = np.argwhere(mask)
-    middle = (places.mean(0) if len(places) else np.array(mask.shape) / 2) - np.array(cells) / 2
-    top, left = best[np.argmin(((best - middle) ** 2).sum(1))]
-    return (tissue.grid.top + float(top)) * mpp, (tissue.grid.left + float(left)) * mpp
+    middle = (places.mean(0) if len(places) else np.array(mask.shape) / 2) - np.array((down, right)) / 2
+    row, column = best[np.argmin(((best - middle) ** 2).sum(1))]
+    return (tissue.grid.top + float(row)) * mpp, (tissue.grid.left + float(column)) * mpp
+
+
+# -- painting ------------------------------------------------------------------------------------------
 
 
 def paint_canvas(
@@ -130,9 +148,16 @@ def paint_canvas(
     """
     ladder = brush.ladder.starting_at(canvas.mpp)
     rungs = ladder.rungs(painting.steps, progressive=painting.progressive)
-    whole = canvas.rounded(32 << (len(ladder.pitches) - 1))
+    whole = _whole(canvas, ladder)
     field = NoiseField(painting.seed)
-    counter = _Counter(rungs, ladder.pitches, whole, tell)
+    done, total = 0, evaluated_pixels(ladder, canvas, painting)
+
+    def count(pixels: int) -> None:
+        nonlocal done
+        done += pixels
+        if tell is not None:
+            tell("painting", done, total)
+
     state = rungs[0].sigmas[0] * field.read(whole.level(ladder.pitches.index(rungs[0].mpp)))
     for index, rung in enumerate(rungs):
         if index:
@@ -140,24 +165,46 @@ def paint_canvas(
             noise = field.read(whole.level(level), stream=1 + level)
             state = finer(state, rungs[index - 1].sigmas[-1], ladder.details[level], noise)
         denoise = CanvasDenoiser(
-            brush, maps, whole, mpp=rung.mpp, guidance=painting.guidance, tile=painting.tile, tell=counter.add
+            brush, maps, whole, mpp=rung.mpp, guidance=painting.guidance, tile=painting.tile, tell=count
         )
         state = solve(denoise, state, rung.sigmas)
     return state[:, : canvas.height, : canvas.width]
 
 
-class _Counter:
-    """Pixels evaluated so far, of all that the rungs will evaluate."""
+def evaluated_pixels(ladder: Ladder, canvas: Grid, painting: Painting) -> int:
+    """Pixels that the denoiser is asked about, over all steps of all pitches; `ladder` starts at the canvas's pitch."""
+    rungs = ladder.rungs(painting.steps, progressive=painting.progressive)
+    areas = {rung.mpp: _whole(canvas, ladder).level(ladder.pitches.index(rung.mpp)) for rung in rungs}
+    return sum((len(rung.sigmas) - 1) * areas[rung.mpp].height * areas[rung.mpp].width for rung in rungs)
 
-    def __init__(self, rungs: list[Rung], pitches: tuple[float, ...], whole: Grid, tell: Tell | None) -> None:
-        self._done, self._tell = 0, tell
-        areas = {pitch: (whole.height >> level) * (whole.width >> level) for level, pitch in enumerate(pitches)}
-        self._total = sum((len(rung.sigmas) - 1) * areas[rung.mpp] for rung in rungs)
 
-    def add(self, pixels: int) -> None:
-        self._done += pixels
-        if self._tell is not None:
-            self._tell("painting", self._done, self._total)
+def estimate_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
+    """How long painting will take here, from one evaluation of a small square. About right on an idle machine.
+
+    Raises:
+        UsageError: if the brush does not paint at that pitch.
+    """
+    total = evaluated_pixels(brush.ladder.starting_at(canvas.mpp), canvas, painting)
+    square = Grid(canvas.mpp, 0, 0, 384, 384)
+    maps = {}
+    for mpp in brush.pitches:
+        lattice = square.at(brush.about["tile"] * mpp)
+        values = np.zeros((*lattice.shape, brush.denoiser.config.dim), np.float32)
+        maps[mpp] = EmbeddingMap(mpp, lattice, values)
+    denoise = CanvasDenoiser(brush, maps, square, mpp=canvas.mpp, guidance=painting.guidance)
+    state = torch.zeros(3, *square.shape)
+    denoise(state, 1.0)  # the first one also warms up
+    start = time.perf_counter()
+    denoise(state, 1.0)
+    return (time.perf_counter() - start) * total / (square.height * square.width)
+
+
+def _whole(canvas: Grid, ladder: Ladder) -> Grid:
+    """The canvas grown until every pitch of the ladder sees whole blocks of it."""
+    return canvas.rounded(32 << (len(ladder.pitches) - 1))
+
+
+# -- the verb ------------------------------------------------------------------------------------------
 
 
 def synthesize_slide(
@@ -174,27 +221,33 @@ def synthesize_slide(
     """
     start = time.monotonic()
     target = Path(target)
-    check_target(target, kind=KIND, overwrite=overwrite)
-    if png is not None and not os.access(png.parent, os.W_OK):
-        raise UsageError(f"{png}: its folder is missing or cannot be written to")
+    ladder = brush.ladder.starting_at(painting.mpp)
     if brush.about["fingerprint"] != encoder.fingerprint:
         raise UsageError(
             f"the brush was trained on embeddings of {brush.about['encoder']} ({brush.about['fingerprint'][:12]}), "
             f"the encoder is {encoder.name} ({encoder.fingerprint[:12]}); use the encoder it was trained with"
         )
     slide = open_slide(reference, assume_mpp=assume_mpp, force_mpp=force_mpp)
+    if target.resolve() == slide.path.resolve():
+        raise UsageError(f"{target}: is the reference itself; choose another output")
+    check_target(target, kind=KIND, overwrite=overwrite)
+    if png is not None:
+        _check_picture(png, overwrite=overwrite)
     tissue = find_tissue(slide)
     canvas = choose_canvas(slide, painting, tissue)
     told = None if tell is None else (lambda done, total: tell("embedding the reference", done, total))
-    whole = canvas.rounded(32 << (len(brush.ladder.starting_at(canvas.mpp).pitches) - 1))
-    maps = embed_region(slide, whole, encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told)
+    maps = embed_region(
+        slide, _whole(canvas, ladder), encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told
+    )
     with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
         state = paint_canvas(brush, maps, canvas, painting, tell=tell)
         pyramid = Pyramid(stage, canvas, about=_provenance(slide, canvas, painting, brush, encoder))
         for part in canvas.tiles(SHARD):
             rows, columns = part.within(canvas)
-            pyramid.write(part, as_pixels(state[:, rows, columns]))
-        pyramid.finish()
+            with undisturbed():
+                pyramid.write(part, as_pixels(state[:, rows, columns]))
+        with undisturbed():
+            pyramid.finish()
         del state
     painted = open_slide(target)
     if png is not None:
@@ -207,85 +260,6 @@ def as_pixels(image: Tensor) -> NDArray[np.uint8]:
     """(3, h, w) in [-1, 1] -> (h, w, 3) in 0 to 255."""
     pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
-
-
-def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder: Encoder) -> dict[float, float]:
-    """Mean cosine between standardised embeddings of a painting and of its reference at the same place, by pitch.
-
-    Over the tiles of the painting that lie whole inside it and hold tissue in both; NaN where there is none.
-    """
-    found = {}
-    for mpp in brush.pitches:
-        side = encoder.tile * mpp
-        inner = Grid(side, 0, 0, *(math.floor(edge / side + 1e-6) for edge in painted.grid.extent[2:]))
-        if not (inner.height and inner.width):
-            found[mpp] = math.nan
-            continue
-        here = Shifted(slide, canvas)
-        pair = [
-            embed_region(one, inner, encoder=encoder, pitches=(mpp,), tissue=find_tissue(one))[mpp]
-            for one in (here, painted)
-        ]
-        vectors = [brush.standardised(mpp, one.values.astype(np.float32)) for one in pair]
-        both = np.isfinite(vectors[0][..., 0]) & np.isfinite(vectors[1][..., 0])
-        first, second = (vector[both] for vector in vectors)
-        norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-        found[mpp] = float(((first * second).sum(1) / norms).mean()) if both.any() else math.nan
-    return found
-
-
-@dataclass(frozen=True)
-class Shifted:
-    """A part of a slide seen as a slide of its own: its corner is the canvas's."""
-
-    slide: Slide
-    canvas: Grid
-
-    @property
-    def path(self) -> Path:
-        """The slide's file."""
-        return self.slide.path
-
-    @property
-    def mpp(self) -> float:
-        """The canvas's pitch, µm."""
-        return self.canvas.mpp
-
-    @property
-    def grid(self) -> Grid:
-        """The canvas, at its own corner."""
-        return Grid(self.canvas.mpp, 0, 0, self.canvas.height, self.canvas.width)
-
-    def read(self, grid: Grid) -> NDArray[np.uint8]:
-        """As `Slide.read`; a canvas whose corner is no pixel of `grid`'s pitch is moved to the nearest."""
-        top, left = (round(edge / grid.mpp) for edge in self.canvas.extent[:2])
-        return self.slide.read(Grid(grid.mpp, grid.top + top, grid.left + left, grid.height, grid.width))
-
-
-def write_pair(path: Path, slide: Slide, painted: Slide, canvas: Grid, *, side: int = 1024) -> None:
-    """Reference and painting side by side, whole above and the middle at full resolution below, as a PNG."""
-    from PIL import Image, ImageDraw
-    from PIL.PngImagePlugin import PngInfo
-
-    factor = max(1, -(-max(canvas.shape) // side))
-    small = Grid(canvas.mpp * factor, 0, 0, canvas.height // factor, canvas.width // factor)
-    crop = min(side, *canvas.shape)
-    near = Grid(canvas.mpp, (canvas.height - crop) // 2, (canvas.width - crop) // 2, crop, crop)
-    rows = []
-    for grid in (small, near):
-        left, right = Shifted(slide, canvas).read(grid), painted.read(grid)
-        rows.append(np.concatenate([left, np.full((left.shape[0], 16, 3), 255, np.uint8), right], 1))
-    width = max(row.shape[1] for row in rows)
-    padded = [np.pad(row, ((8, 8), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    picture = Image.fromarray(np.concatenate([np.full((24, width, 3), 255, np.uint8), *padded]))
-    draw = ImageDraw.Draw(picture)
-    draw.text((8, 6), "reference", fill=(0, 0, 0))
-    draw.text((rows[0].shape[1] // 2 + 16, 6), "SYNTHETIC (painted by wsi-brush)", fill=(160, 0, 0))
-    marks = PngInfo()
-    marks.add_text("Comment", "right half: synthetic image, painted by wsi-brush; not for diagnosis")
-    partial = path.with_name(f"{path.name}.partial")
-    picture.save(partial, format="PNG", pnginfo=marks)
-    os.replace(partial, path)
 
 
 def _level0(slide: Slide, canvas: Grid) -> tuple[int, int, int, int]:
@@ -309,3 +283,99 @@ def _provenance(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, en
         "mpp": canvas.mpp,
         "reference": {"mpp": slide.mpp, "mpp_source": slide.mpp_source, "region": list(_level0(slide, canvas))},
     }
+
+
+# -- beside its reference ------------------------------------------------------------------------------
+
+
+def read_reference(slide: Slide, canvas: Grid, grid: Grid) -> NDArray[np.uint8]:
+    """The reference at `grid`, which is counted from the canvas's corner, as the painting's pixels are.
+
+    Where that corner is no pixel of `grid`'s pitch, the nearest one is.
+    """
+    top, left = (round(edge / grid.mpp) for edge in canvas.extent[:2])
+    return slide.read(Grid(grid.mpp, grid.top + top, grid.left + left, grid.height, grid.width))
+
+
+def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder: Encoder) -> dict[float, float]:
+    """Mean cosine between standardised embeddings of a painting and of its reference at the same place, by pitch.
+
+    Over the tiles that lie whole inside the painting and hold tissue in both. NaN where there is none, and at pitches
+    finer than the painting's, of which it has nothing to show.
+    """
+    inside = Grid(PITCH, 0, 0, *(math.floor(side * canvas.mpp / PITCH) for side in canvas.shape))
+    sights = (lambda grid: read_reference(slide, canvas, grid), painted.read)
+    tissues = [Tissue(tissue_mask(read(inside), PITCH), inside) for read in sights]
+    found = {}
+    for mpp in brush.pitches:
+        lattice = _whole_tiles(canvas, encoder.tile * mpp) if mpp > canvas.mpp * 0.99 else Grid(mpp, 0, 0, 0, 0)
+        cells = np.argwhere(np.logical_and(*(tissue.cover(lattice) >= COVER for tissue in tissues))) * encoder.tile
+        cosines: list[NDArray[np.float32]] = []
+        for start in range(0, len(cells), _BATCH):
+            grids = [Grid(mpp, int(top), int(left), encoder.tile, encoder.tile) for top, left in cells[start:][:_BATCH]]
+            pair = (encoder(np.stack([read(grid) for grid in grids])) for read in sights)
+            ours, theirs = (brush.standardised(mpp, vectors) for vectors in pair)
+            norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+            cosines.append((ours * theirs).sum(1) / np.maximum(norms, 1e-12))
+        found[mpp] = float(np.concatenate(cosines).mean()) if cosines else math.nan
+    return found
+
+
+def _whole_tiles(canvas: Grid, side: float) -> Grid:
+    """The cells of `side` µm that lie whole inside the canvas, counted from its corner."""
+    height, width = (math.floor(length * canvas.mpp / side + 1e-6) for length in canvas.shape)
+    return Grid(side, 0, 0, height, width)
+
+
+def write_pair(path: Path, slide: Slide, painted: Slide, canvas: Grid, *, side: int = 1024) -> None:
+    """Reference and painting side by side, whole above and the middle at full resolution below, as a PNG."""
+    from PIL import Image, ImageDraw
+    from PIL.PngImagePlugin import PngInfo
+
+    factor = -(-max(canvas.shape) // side)
+    small = Grid(canvas.mpp * factor, 0, 0, *(max(1, length // factor) for length in canvas.shape))
+    crop = min(side, *canvas.shape)
+    near = Grid(canvas.mpp, (canvas.height - crop) // 2, (canvas.width - crop) // 2, crop, crop)
+    rows = []
+    for grid in (small, near):
+        left, right = read_reference(slide, canvas, grid), painted.read(grid)
+        rows.append(np.concatenate([left, np.full((left.shape[0], 16, 3), 255, np.uint8), right], 1))
+    width = max(max(row.shape[1] for row in rows), 420)  # room for the words
+    padded = [np.pad(row, ((8, 8), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    picture = Image.fromarray(np.concatenate([np.full((24, width, 3), 255, np.uint8), *padded]))
+    draw = ImageDraw.Draw(picture)
+    draw.text((8, 6), "left: reference", fill=(0, 0, 0))
+    draw.text((130, 6), "right: SYNTHETIC, painted by wsi-brush", fill=(160, 0, 0))
+    marks = PngInfo()
+    marks.add_text("Comment", MARK)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        picture.save(partial, format="PNG", pnginfo=marks)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_picture(path: Path, *, overwrite: bool) -> None:
+    """Whether a picture may be written at `path`: nothing is there, or a picture of ours that is to be replaced.
+
+    Raises:
+        RefusedError, MachineError: if not.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if path.exists():
+        try:
+            with Image.open(path) as picture:
+                ours = picture.info.get("Comment") == MARK
+        except (UnidentifiedImageError, OSError):
+            ours = False
+        if not ours or not overwrite:
+            cure = "choose another name or pass --overwrite" if ours else "choose another name"
+            raise RefusedError(f"{path}: exists{'' if ours else ' and is no picture of wsi-brush'}; {cure}")
+    probe = path.with_name(f"{path.name}.partial")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MachineError(f"{path.parent}: cannot be written to ({error.strerror}); choose another --png") from None

@@ -1,0 +1,5 @@
+"""`python -m wsi_brush` is `wsi-brush`."""
+
+from .cli import main
+
+main()
