@@ -226,3 +226,43 @@ def tissue_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         level = np.rint(level.reshape(level.shape[0] // 2, 2, level.shape[1] // 2, 2, 3).mean((1, 3)))
         levels.append(level.astype(np.uint8))
     return write_pyramid(tmp_path_factory.mktemp("tissue") / "tissue.tif", levels)
+
+
+def make_brush(
+    *,
+    dim: int,
+    tile: int,
+    encoder: str = "none",
+    fingerprint: str = "none",
+    depth: tuple[int, int, int] = (1, 1, 2),
+    pitches: tuple[float, ...] = (0.5, 2.0, 8.0),
+) -> Any:
+    """A tiny brush that was never trained. No weight of it is zero, so every part of the operator has its say."""
+    import torch
+
+    from wsi_brush.brush import Brush
+    from wsi_brush.denoiser import Denoiser, DenoiserConfig
+    from wsi_brush.diffusion import Ladder
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = DenoiserConfig(dim=dim, sets=len(pitches), width=16, depth=depth, layout=2, heads=2, tokens=4)
+        denoiser = Denoiser(sizes)
+        with torch.no_grad():
+            for parameter in denoiser.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    moments = {f"{mpp:g}": {"mean": [0.0] * dim, "std": [1.0] * dim} for mpp in pitches}
+    about = {"encoder": encoder, "fingerprint": fingerprint, "tile": tile, "embeddings": moments}
+    ladder = Ladder((0.5, 1.0, 2.0, 4.0, 8.0), (0.15, 0.12, 0.1, 0.1))
+    return Brush(denoiser.eval().requires_grad_(False), ladder, about)
+
+
+class TileStatistics:
+    """An encoder without weights: mean and spread of the colours in each quarter of a tile."""
+
+    name, dim, tile, fingerprint = "statistics", 24, 128, "none"
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        quarters = tiles.reshape(-1, 2, 64, 2, 64, 3).astype(np.float32) / 255
+        parts = [quarters.mean((2, 4)), quarters.std((2, 4))]
+        return np.concatenate([part.reshape(len(tiles), -1) for part in parts], 1)

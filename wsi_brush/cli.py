@@ -140,6 +140,9 @@ def synthesize(
         if not math.isfinite(guidance):
             raise UsageError(f"--guidance {guidance}: expected a number, such as 2")
         place = _read_region(region)
+        from .slide import open_slide
+
+        open_slide(ref, assume_mpp=assume_mpp, force_mpp=force_mpp)  # what is no slide is said before torch is loaded
         from .brush import load_brush
         from .encoder import load_encoder
         from .synthesize import Painting, synthesize_slide
@@ -352,7 +355,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 class _Shown:
-    """Progress on stderr: a bar on a terminal, elsewhere a plain line when it begins, every ten seconds, and at the end."""
+    """Progress on stderr: a bar on a terminal, elsewhere a plain line at the start, every ten seconds, at the end."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet, self._what, self._said = quiet, "", 0.0

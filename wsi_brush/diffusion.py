@@ -73,7 +73,7 @@ class Ladder:
 
     pitches: tuple[float, ...]
     details: tuple[float, ...]
-    tolerance: float = 0.08
+    tolerance: float = 0.005
     sigma_max: float = 80.0
     sigma_min: float = 0.02
 

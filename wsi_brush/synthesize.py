@@ -63,7 +63,7 @@ class Painted:
     """What came of it: where the slide is, its region (level-0 pixels of the reference), what it took.
 
     cosine: how close it is, the mean cosine between the standardised embeddings of the painting and of its reference,
-    by pitch in µm; NaN where no whole tile holds tissue in both.
+    by pitch in µm; NaN where no whole tile holds tissue.
     """
 
     path: Path
@@ -130,7 +130,7 @@ def _richest(tissue: Tissue, side: float) -> tuple[float, float]:
     counts = total[down:, right:] - total[:-down, right:] - total[down:, :-right] + total[:-down, :-right]
     best = np.argwhere(counts == counts.max())
     places = np.argwhere(mask)
-    middle = (places.mean(0) if len(places) else np.array(mask.shape) / 2) - np.array((down, right)) / 2
+    middle = (places.mean(0) + 0.5 if len(places) else np.array(mask.shape) / 2) - np.array((down, right)) / 2
     row, column = best[np.argmin(((best - middle) ** 2).sum(1))]
     return (tissue.grid.top + float(row)) * mpp, (tissue.grid.left + float(column)) * mpp
 
@@ -300,16 +300,15 @@ def read_reference(slide: Slide, canvas: Grid, grid: Grid) -> NDArray[np.uint8]:
 def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder: Encoder) -> dict[float, float]:
     """Mean cosine between standardised embeddings of a painting and of its reference at the same place, by pitch.
 
-    Over the tiles that lie whole inside the painting and hold tissue in both. NaN where there is none, and at pitches
-    finer than the painting's, of which it has nothing to show.
+    Over the tiles that lie whole inside the painting and hold tissue in the reference, whatever was painted there. NaN
+    where there is none, and at pitches finer than the painting's, of which it has nothing to show.
     """
-    inside = Grid(PITCH, 0, 0, *(math.floor(side * canvas.mpp / PITCH) for side in canvas.shape))
-    sights = (lambda grid: read_reference(slide, canvas, grid), painted.read)
-    tissues = [Tissue(tissue_mask(read(inside), PITCH), inside) for read in sights]
+    inside = Grid(PITCH, 0, 0, *(math.floor(side * canvas.mpp / PITCH + 1e-6) for side in canvas.shape))
+    tissue = Tissue(tissue_mask(read_reference(slide, canvas, inside), PITCH), inside)
     found = {}
     for mpp in brush.pitches:
-        lattice = _whole_tiles(canvas, encoder.tile * mpp) if mpp > canvas.mpp * 0.99 else Grid(mpp, 0, 0, 0, 0)
-        cells = np.argwhere(np.logical_and(*(tissue.cover(lattice) >= COVER for tissue in tissues))) * encoder.tile
+        lattice = _whole_tiles(canvas, encoder.tile * mpp if mpp > 0.99 * canvas.mpp else math.inf)
+        cells = np.argwhere(tissue.cover(lattice) >= COVER) * encoder.tile
         cosines: list[NDArray[np.float32]] = []
         for start in range(0, len(cells), _BATCH):
             grids = [Grid(mpp, int(top), int(left), encoder.tile, encoder.tile) for top, left in cells[start:][:_BATCH]]

@@ -1,0 +1,144 @@
+"""One step over a canvas is the same bits for every tile size and number of threads, and is what the operator says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_brush
+from torch import Tensor
+
+from wsi_brush.brush import Brush
+from wsi_brush.denoiser import NODE
+from wsi_brush.diffusion import coefficients
+from wsi_brush.field import NoiseField
+from wsi_brush.grid import Grid
+from wsi_brush.operators import nodes, splat
+from wsi_brush.store import EmbeddingMap
+from wsi_brush.stream import CanvasDenoiser
+
+DIM, SIDE, SIGMA = 6, 32, 1.3
+CANVAS = Grid(0.5, 160, 96, 352, 256)
+DEPTHS = [(1, 1, 2), (1, 2, 3), (2, 1, 1)]  # their operators reach 32, 56 and 40 pixels
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def brush() -> Brush:
+    return make_brush(dim=DIM, tile=SIDE)
+
+
+def maps_on(canvas: Grid, *, seed: int = 0) -> dict[float, EmbeddingMap]:
+    """Random embeddings, a fifth of the cells without tissue."""
+    random, maps = np.random.default_rng(seed), {}
+    for mpp in (0.5, 2.0, 8.0):
+        lattice = canvas.at(SIDE * mpp)
+        values = random.normal(size=(*lattice.shape, DIM)).astype(np.float16)
+        values[random.random(lattice.shape) < 0.2] = np.nan
+        maps[mpp] = EmbeddingMap(mpp, lattice, values)
+    return maps
+
+
+def step(brush: Brush, canvas: Grid = CANVAS, *, tile: int = 768, guidance: float = 2.0, seed: int = 0) -> Tensor:
+    state = SIGMA * NoiseField(1).read(canvas)
+    return CanvasDenoiser(brush, maps_on(canvas, seed=seed), canvas, mpp=0.5, guidance=guidance, tile=tile)(
+        state, SIGMA
+    )
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_every_tile_size_gives_the_same_bits(brush: Brush, guidance: float) -> None:
+    whole = step(brush, guidance=guidance)
+    assert whole.std() > 0.05
+    for tile in (32, 64, 96, 256):
+        assert torch.equal(step(brush, tile=tile, guidance=guidance), whole), tile
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_so_it_does_whatever_the_reach_of_the_operator(depth: tuple[int, int, int]) -> None:
+    brush = make_brush(dim=DIM, tile=SIDE, depth=depth)
+    canvas = Grid(0.5, 0, 0, 224, 192)
+    assert brush.denoiser.config.halo == {DEPTHS[0]: 32, DEPTHS[1]: 56, DEPTHS[2]: 40}[depth]
+    assert torch.equal(step(brush, canvas, tile=96), step(brush, canvas))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 320), (288, 64)])
+def test_narrow_canvases_too(brush: Brush, height: int, width: int) -> None:
+    canvas = Grid(0.5, 64, 0, height, width)
+    assert torch.equal(step(brush, canvas, tile=32), step(brush, canvas))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_number_of_threads_changes_no_bit(brush: Brush, guidance: float) -> None:
+    """Also on small canvases, whose matrix products have few rows: there MKL adds in another order."""
+    for canvas, tile in ((Grid(0.5, 0, 0, 32, 32), 32), (Grid(0.5, 0, 0, 160, 192), 96), (CANVAS, 768)):
+        torch.set_num_threads(1)
+        alone = step(brush, canvas, tile=tile, guidance=guidance)
+        torch.set_num_threads(2)
+        assert torch.equal(step(brush, canvas, tile=tile, guidance=guidance), alone), canvas
+        assert torch.get_num_threads() == 2  # as it was
+
+
+def test_guidance_one_is_the_conditional_answer(brush: Brush) -> None:
+    """By the operator itself, in one piece."""
+    x, level = SIGMA * NoiseField(1).read(CANVAS), torch.tensor([SIGMA])
+    skip, out, into = coefficients(level)
+    net, condition = brush.denoiser, brush.condition(maps_on(CANVAS), CANVAS, 0.5)
+    setting = net.setting(level, 0.5, condition, origin=torch.zeros(1, 2, dtype=torch.float64))
+    blocks = net.sketch(into * x[None], setting)
+    mass = nodes(splat(torch.ones(1, CANVAS.height // 8, CANVAS.width // 8, 1), NODE // 8))
+    grid, tokens = net.layout(nodes(blocks), mass, setting)
+    corner = torch.zeros(1), torch.zeros(1)
+    said = net.paint(into * x[None], setting, grid, net.memory(tokens, setting), corner=corner)
+    assert torch.allclose(step(brush, guidance=1.0), (skip * x + out * said)[0], atol=1e-5)
+
+
+def test_guidance_stretches_the_difference(brush: Brush) -> None:
+    """Linear in g: on from the answer without the condition, through the one with it."""
+    zero, one, two, three = (step(brush, guidance=guidance) for guidance in (0.0, 1.0, 2.0, 3.0))
+    assert torch.allclose(two - one, one - zero, atol=1e-4)
+    assert torch.allclose(three - two, one - zero, atol=1e-4)
+
+
+def test_embeddings_matter_only_with_the_condition(brush: Brush) -> None:
+    assert torch.equal(step(brush, guidance=0.0, seed=0), step(brush, guidance=0.0, seed=1))
+    assert not torch.allclose(step(brush, guidance=1.0, seed=0), step(brush, guidance=1.0, seed=1), atol=1e-3)
+
+
+def test_tiles_on_their_own_would_not_do(brush: Brush) -> None:
+    """The control: painted as canvases of their own, tiles differ, so the tests above can fail."""
+    whole, maps, state = step(brush), maps_on(CANVAS), SIGMA * NoiseField(1).read(CANVAS)
+    apart = torch.empty_like(whole)
+    for tile in CANVAS.tiles(96):
+        rows, columns = tile.within(CANVAS)
+        apart[:, rows, columns] = CanvasDenoiser(brush, maps, tile, mpp=0.5)(state[:, rows, columns], SIGMA)
+    assert not torch.allclose(apart, whole, atol=1e-3)
+
+
+def test_every_pixel_is_told_once(brush: Brush) -> None:
+    told: list[int] = []
+    canvas = Grid(0.5, 0, 0, 224, 96)
+    CanvasDenoiser(brush, maps_on(canvas), canvas, mpp=0.5, tile=64, tell=told.append)(torch.zeros(3, 224, 96), 1.0)
+    assert len(told) == 8
+    assert sum(told) == 224 * 96
+
+
+@pytest.mark.parametrize("tile", [0, 16, 100])
+def test_tiles_are_whole_blocks(brush: Brush, tile: int) -> None:
+    with pytest.raises(ValueError, match="multiples of 32"):
+        step(brush, tile=tile)
+
+
+def test_a_state_of_cut_blocks_is_an_error(brush: Brush) -> None:
+    denoise = CanvasDenoiser(brush, maps_on(CANVAS), CANVAS, mpp=0.5)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        denoise(torch.zeros(3, 100, 64), 1.0)

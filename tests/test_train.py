@@ -1,0 +1,442 @@
+"""Training: it learns, it goes on to the bit where it was stopped, and it leaves no damage behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wsi_brush import train
+from wsi_brush.brush import load_brush
+from wsi_brush.commit import sha256_of, verify
+from wsi_brush.coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
+from wsi_brush.denoiser import ConditionMap, Denoiser, DenoiserConfig
+from wsi_brush.diffusion import Ladder
+from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushError
+from wsi_brush.field import mollify
+from wsi_brush.objective import _gathered, _maps, _scatter, draw_sigma, losses, mollified_at
+from wsi_brush.operators import nodes, splat
+from wsi_brush.slide import open_slide
+from wsi_brush.train import Optimisation, TrainConfig, _Run, read_config, train_brush
+
+
+class Colours:
+    """An encoder: mean and spread of a tile's colours."""
+
+    name, dim, tile, fingerprint = "colours", 6, 32, "c0ffee"
+
+    def __call__(self, tiles: NDArray[np.uint8], /) -> NDArray[np.float32]:
+        plain = tiles.astype(np.float32) / 255
+        return np.concatenate([plain.mean((1, 2)), plain.std((1, 2))], 1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pack(tissue_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingPack:
+    target = tmp_path_factory.mktemp("train") / "pack"
+    build_pack([open_slide(tissue_slide)], target, encoder=Colours())
+    return TrainingPack(target, in_memory=True)
+
+
+@pytest.fixture
+def work(tmp_path: Path, pack: TrainingPack, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A work folder whose pack is made already."""
+    monkeypatch.setattr(train, "_pack", lambda data, work, slides, tell: pack)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return folder
+
+
+def config_of(**changed: Any) -> TrainConfig:
+    """A brush that trains in seconds. Changed keys are `section__key`."""
+    plain: dict[str, Any] = {
+        "data": {"slides": [{"path": "tissue.tif"}], "sizes": (64, 64, 64, 64, 32), "window": 32, "points": 16},
+        "model": {"width": 16, "depth": (1, 1, 2), "layout": 2, "heads": 2, "tokens": 4},
+        "optimisation": {"steps": 13, "batch": 2, "warmup": 4, "rate": 3e-3, "checkpoint_minutes": 0.0},
+        "card": {"licence": "MIT"},
+    }
+    for name, value in changed.items():
+        section, _, key = name.partition("__")
+        plain[section][key] = value
+    return TrainConfig.model_validate(plain)
+
+
+def one_line(found: pytest.ExceptionInfo[WsiBrushError], *words: str) -> None:
+    message = str(found.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+# -- learning ----------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls(pack: TrainingPack, tmp_path: Path) -> None:
+    run = _Run(config_of(optimisation__steps=40, optimisation__rate=4e-3), pack, tmp_path)
+    drawing = Optimisation(unconditional=0.0)
+
+    def judged(denoiser: Denoiser) -> float:
+        found = []
+        with torch.no_grad():
+            for batch in range(4):
+                scenes = run.sampler.draw(10_000 + batch, 4, mpp=(0.5, 1.0, 2.0, 4.0)[batch])
+                generator = torch.Generator().manual_seed(batch)
+                found.append(losses(denoiser, run.ladder, scenes, pack.about, drawing, generator)[0].item())
+        return sum(found) / len(found)
+
+    before = judged(run.denoiser)
+    while not run.over:
+        run.step()
+    after, average = judged(run.denoiser), judged(run.average)
+    assert run.number == 40
+    assert after < 0.75 * before, (before, after, average)
+    assert average < 0.9 * before, (before, after, average)
+
+
+def test_the_rate_rises_and_falls_to_zero(pack: TrainingPack, tmp_path: Path) -> None:
+    run = _Run(config_of(optimisation__steps=10), pack, tmp_path)
+    rates = []
+    while not run.over:
+        run.step()
+        rates.append(run.rate / 3e-3)
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(rates[5:], [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6], rtol=1e-6)
+    assert run.progress == 1
+
+
+# -- stopped and resumed -----------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def killed_at(step: int, heard: list[str] | None = None) -> train.Tell:
+    def tell(line: str) -> None:
+        if heard is not None:
+            heard.append(line)
+        if line.startswith(f"step {step} "):
+            raise Killed
+
+    return tell
+
+
+def checkpoints(work: Path) -> dict[int, Path]:
+    """Checkpoints that verify, by step."""
+    found = {}
+    for name in "ab":
+        facts = train._read_checkpoint(work, name)
+        path = work / f"checkpoint-{name}.safetensors"
+        if facts is not None and path.is_file() and sha256_of(path) == facts["sha256"]:
+            found[facts["step"]] = path
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(pack: TrainingPack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """Weights, average and optimiser after 13 steps that nothing interrupted."""
+    torch.set_num_threads(1)
+    run = _Run(config_of(), pack, tmp_path_factory.mktemp("whole"))
+    while not run.over:
+        run.step()
+    run.checkpoint()
+    return load_file(run.work / "checkpoint-a.safetensors")
+
+
+def assert_bits(work: Path, whole: dict[str, Tensor]) -> None:
+    found = load_file(checkpoints(work)[13])
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(work: Path, whole: dict[str, Tensor], tmp_path: Path) -> None:
+    target = tmp_path / "brush"
+    with pytest.raises(Killed):
+        train_brush(config_of(), target, work=work, tell=killed_at(10))
+    assert set(checkpoints(work)) == {8, 9}
+    assert not target.exists()
+    heard: list[str] = []
+    made = train_brush(config_of(), target, work=work, tell=heard.append)
+    assert heard[0] == "going on from step 9"
+    assert_bits(work, whole)
+    assert verify(target) == []
+    found = load_brush(target)
+    for name, value in found.denoiser.state_dict().items():
+        assert torch.equal(value, whole[f"average.{name}"]), name
+        assert torch.equal(value, made.denoiser.state_dict()[name]), name
+    assert found.about["training"]["steps"] == 13
+    assert (found.about["encoder"], found.about["licence"]) == ("colours", "MIT")
+    assert "tissue.tif" not in (target / "brush.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "gone", "no facts", "half facts"])
+def test_a_damaged_checkpoint_costs_one_generation(
+    work: Path, whole: dict[str, Tensor], tmp_path: Path, how: str
+) -> None:
+    with pytest.raises(Killed):
+        train_brush(config_of(), tmp_path / "brush", work=work, tell=killed_at(10))
+    newest = checkpoints(work)[9]
+    facts = newest.with_suffix(".json")
+    data = newest.read_bytes()
+    if how == "changed":
+        newest.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    elif how == "cut":
+        newest.write_bytes(data[: len(data) // 2])
+    elif how == "gone":
+        newest.unlink()
+    elif how == "no facts":
+        facts.unlink()
+    else:
+        facts.write_bytes(facts.read_bytes()[:20])
+    heard: list[str] = []
+    with pytest.raises(Killed):
+        train_brush(config_of(), tmp_path / "brush", work=work, tell=killed_at(10, heard))
+    assert "going on from step 8" in heard
+    assert ("damaged" in heard[0]) == ("facts" not in how)
+    # What was left of the good generation must not be what is written over.
+    assert set(checkpoints(work)) == {8, 9}
+    train_brush(config_of(), tmp_path / "brush", work=work, tell=heard.append)
+    assert_bits(work, whole)
+
+
+def test_a_run_that_is_over_only_writes_its_brush(work: Path, whole: dict[str, Tensor], tmp_path: Path) -> None:
+    train_brush(config_of(), tmp_path / "one", work=work, tell=lambda line: None)
+    train_brush(config_of(), tmp_path / "two", work=work, tell=lambda line: None)
+    assert_bits(work, whole)
+    assert load_brush(tmp_path / "one").sha256 == load_brush(tmp_path / "two").sha256
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optimisation__rate": 1e-3}, {"optimisation__seed": 1}, {"data__points": 20}, {"model__tokens": 5}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_configuration_is_refused(
+    pack: TrainingPack, work: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    _Run(config_of(), pack, work).checkpoint()
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    with pytest.raises(RefusedError) as found:
+        train_brush(config_of(**change), tmp_path / "brush", work=work, tell=lambda line: None)
+    one_line(found, "another configuration", "--work")
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+
+
+def test_a_longer_budget_is_the_same_run(pack: TrainingPack, tmp_path: Path) -> None:
+    run = _Run(config_of(), pack, tmp_path)
+    run.step()
+    run.checkpoint()
+    changed = {"steps": 99, "minutes": 5.0, "threads": 1, "checkpoint_minutes": 9.0}
+    other = _Run(config_of(**{f"optimisation__{name}": value for name, value in changed.items()}), pack, tmp_path)
+    other.resume(lambda line: None)
+    assert other.number == 1
+    assert other.seconds == run.seconds
+
+
+def test_a_finished_brush_is_not_written_over(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "brush").mkdir()
+    with pytest.raises(RefusedError, match="exists"):
+        train_brush(config_of(), tmp_path / "brush", work=work, tell=lambda line: None)
+    assert list(work.iterdir()) == []  # said before hours of work
+
+
+def test_a_loss_that_is_no_number_stops_and_leaves_the_checkpoints(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        train_brush(config_of(), tmp_path / "brush", work=work, tell=killed_at(10))
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    nan = torch.tensor(math.nan, requires_grad=True)
+    monkeypatch.setattr(train, "losses", lambda *given: (nan, torch.zeros(())))
+    with pytest.raises(MachineError) as found:
+        train_brush(config_of(), tmp_path / "brush", work=work, tell=lambda line: None)
+    one_line(found, "step 9", "loss is nan", "rate", "checkpoint")
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    assert not (tmp_path / "brush").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_too(
+    pack: TrainingPack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss can have such a gradient; with it every weight would be lost, and then saved."""
+    run = _Run(config_of(), pack, tmp_path)
+
+    def steep(denoiser: Denoiser, *given: Any) -> tuple[Tensor, Tensor]:
+        return (0 * denoiser.token_score.bias).sum().sqrt(), torch.zeros(())
+
+    monkeypatch.setattr(train, "losses", steep)
+    with pytest.raises(MachineError, match="step 0"):
+        run.step()
+    assert all(torch.isfinite(weight).all() for weight in run.denoiser.parameters())
+    assert run.number == 0
+
+
+def test_pitches_without_room_are_not_judged(pack: TrainingPack, tmp_path: Path) -> None:
+    """A quarter of 1024 pixels at 0.5 µm is 64 at 2 µm: training goes on, the figure is left out."""
+    wide = _Run(config_of(data__sizes=(64, 64, 128, 64, 32)), pack, tmp_path).held_out(1)
+    assert "1 µm" in wide
+    assert "2 µm" not in wide
+    assert "2 µm" in _Run(config_of(), pack, tmp_path).held_out(1)
+
+
+# -- the pack and the configuration ------------------------------------------------------------------------
+
+
+def test_the_first_run_makes_the_pack_and_the_next_uses_it(
+    tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "load_encoder", lambda name: Colours())
+    data, heard = config_of().data, list[str]()
+    first = train._pack(data, tmp_path / "work", tissue_slide.parent, heard.append)
+    assert len(heard) == 1
+    assert first.about["encoder"] == "colours"
+    again = train._pack(data, tmp_path / "work", tissue_slide.parent, heard.append)
+    assert len(heard) == 1
+    assert again.about == first.about
+    monkeypatch.setattr(Colours, "fingerprint", "decaf")
+    with pytest.raises(RefusedError) as found:
+        train._pack(data, tmp_path / "work", tissue_slide.parent, heard.append)
+    one_line(found, "another encoder", "--work")
+
+
+def test_a_configuration_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[data]\nslides = [{ path = "a.svs", assume_mpp = 0.5 }]\n[model]\nwidth = 24\n', encoding="utf-8")
+    config = read_config(path)
+    assert config.data.slides[0].assume_mpp == 0.5
+    assert (config.model.width, config.model.heads, config.optimisation) == (24, 6, Optimisation())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[data]\nslides = [{path='a'}]\nwindw = 3", ["data.windw", "did you mean window"]),
+        ("[data]\nslides = [{path='a', asume_mpp = 1}]", ["data.slides.0.asume_mpp", "did you mean assume_mpp"]),
+        ("[data]\nslides = [{path='a'}]\n[optimisation]\nminuts = 3", ["optimisation.minuts", "did you mean minutes"]),
+        ("[data]\nslides = [{path='a'}]\n[optimization]\nminutes = 3", ["optimization", "did you mean optimisation"]),
+        ("[data]\nslides = []", ["data.slides", "at least 1"]),
+        ("[data]\nslides = [{path='a'}]\n[optimisation]\nobjective = 'w'", ["optimisation.objective", "'v' or 'x0'"]),
+        ("", ["data", "required"]),
+        ("[data", ["not TOML"]),
+    ],
+)
+def test_a_wrong_key_is_named_with_the_nearest(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as found:
+        read_config(path)
+    one_line(found, "run.toml", *words)
+
+
+def test_what_is_no_text_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as found:
+        read_config(tmp_path / "none.toml")
+    one_line(found, "none.toml", "No such file")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe[data]")
+    with pytest.raises(UsageError) as found:
+        read_config(tmp_path / "bytes.toml")
+    one_line(found, "bytes.toml", "not TOML")
+
+
+# -- the objective -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [0.0, 0.5, 1.3])
+def test_mollifying_at_points_is_mollifying(width: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, 3, 12, 20, generator=generator)
+    points = torch.stack([torch.randint(side, (2, 60), generator=generator) for side in (12, 20)], -1)
+    points[:, :4] = torch.tensor([[0, 0], [0, 19], [11, 0], [11, 19]])
+    smooth = mollify(image, width)
+    expected = torch.stack([smooth[s, :, points[s, :, 0], points[s, :, 1]].T for s in range(2)]).flatten(0, 1)
+    torch.testing.assert_close(mollified_at(image, points, width), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_levels_are_those_that_the_solver_visits() -> None:
+    ladder = Ladder((0.5, 1.0, 2.0), (0.1, 0.12))
+    generator = torch.Generator().manual_seed(0)
+    near = Optimisation(full_range=0.0, margin=1.5)
+    for level, mpp in enumerate(ladder.pitches):
+        low, high = ladder.span(level)
+        low, high = low / 1.5, high * (1.5 if level < 2 else 1)
+        found = draw_sigma(ladder, mpp, 4000, near, generator).log()
+        assert found.min() >= math.log(low) - 1e-5
+        assert found.max() <= math.log(high) + 1e-5
+        assert found.mean().item() == pytest.approx(math.log(low * high) / 2, abs=0.02 * math.log(high / low))
+    whole = draw_sigma(ladder, 1.0, 4000, Optimisation(full_range=1.0), generator).log()
+    assert whole.min().item() == pytest.approx(math.log(0.02), abs=0.05)
+    assert whole.max().item() == pytest.approx(math.log(80), abs=0.05)
+    some = draw_sigma(ladder, 1.0, 4000, Optimisation(full_range=0.25, margin=1.0), generator)
+    low, high = ladder.span(1)
+    inside = math.log(high / low) / math.log(80 / 0.02)
+    share = ((some >= low) & (some <= high)).float().mean().item()
+    assert share == pytest.approx(0.75 + 0.25 * inside, abs=0.03)
+
+
+def test_the_layout_is_told_the_scene_without_bias(pack: TrainingPack) -> None:
+    """Mass of the nodes over many draws, from windows and occupied cells, is that of a scene whose every point is there."""
+    sampler = CoordinateSampler(pack, shares=(1, 0, 0, 0, 0), sizes=(128,) * 5, window=32, points=60)
+    denoiser = Denoiser(DenoiserConfig(dim=6, width=4, depth=(1, 1, 2), layout=2, heads=2, tokens=2))
+    total, count = torch.zeros(5, 5), 0
+    with torch.no_grad():
+        for step in range(25):
+            scenes = sampler.draw(step, 8)
+            points, corners = torch.from_numpy(scenes.points), torch.from_numpy(scenes.windows)
+            origin, sigma = torch.zeros(8, 2, dtype=torch.float64), torch.ones(8)
+            setting = denoiser.setting(sigma, 0.5, _maps(scenes, pack.about), origin=origin)
+            window, values = torch.zeros(8, 3, 32, 32), torch.zeros(8 * 60, 3)
+            _, mass = _gathered(denoiser, window, corners, setting, 128, _scatter(points), values, scenes)
+            total, count = total + mass[..., 0].sum(0), count + 8
+    expected = nodes(splat(torch.ones(1, 16, 16, 1), 4))[0, ..., 0]
+    assert (total / count).sum().item() == pytest.approx(256, rel=0.015)
+    torch.testing.assert_close(total / count, expected, rtol=0.2, atol=0)
+
+
+def test_a_batch_is_a_function_of_its_generator(pack: TrainingPack) -> None:
+    sampler = CoordinateSampler(pack, shares=(1, 1, 1, 1, 1), sizes=(64, 64, 64, 64, 32), window=32, points=16)
+    torch.manual_seed(0)
+    denoiser = Denoiser(DenoiserConfig(dim=6, width=8, depth=(1, 1, 2), layout=2, heads=2, tokens=2))
+    ladder = Ladder(tuple(pack.about["pitches"]), tuple(pack.about["details"]))
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def say(scenes: Scenes, seed: int) -> tuple[float, float]:
+        generator = torch.Generator().manual_seed(seed)
+        window, scattered = losses(denoiser, ladder, scenes, pack.about, Optimisation(), generator)
+        return window.item(), scattered.item()
+
+    with torch.no_grad():
+        scenes = sampler.draw(0, 2, mpp=1.0)
+        assert say(scenes, 3) == say(sampler.draw(0, 2, mpp=1.0), 3)
+        assert say(scenes, 3) != say(scenes, 4)
+        assert say(scenes, 3)[1] > 0
+        assert say(sampler.draw(0, 2, mpp=8.0), 3)[1] == 0  # its window is the scene
+
+
+def test_conditions_are_standardised_and_absent_as_the_brush_reads_them(pack: TrainingPack) -> None:
+    scenes = CoordinateSampler(pack, shares=(1, 0, 0, 0, 0), sizes=(128,) * 5, window=32, points=4).draw(0, 3)
+    maps: list[ConditionMap] = _maps(scenes, pack.about)
+    assert [lattice.cell for lattice in maps] == [32.0, 128.0, 512.0]
+    for lattice, (pitch, (values, present, corner, _)) in zip(maps, sorted(scenes.maps.items()), strict=True):
+        moments = pack.about["embeddings"][f"{pitch:g}"]
+        expected = (values - moments["mean"]) / moments["std"] * present[..., None]
+        np.testing.assert_allclose(lattice.values.numpy(), expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(lattice.present.numpy(), present)
+        np.testing.assert_array_equal(lattice.corner.numpy(), corner)
