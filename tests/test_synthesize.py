@@ -217,8 +217,8 @@ class TestSlide:
 
     def test_every_level_says_what_made_it(self, painted: Path, brush: Brush) -> None:
         root = zarr.open_group(painted, mode="r")
-        levels = [root[name] for name in sorted(root.array_keys())]
-        assert len(levels) == 3  # 517, 259, 130
+        levels = [root[str(number)] for number in range(3)]  # 517, 259 and 130 pixels wide
+        assert not (painted / "3").exists()
         for node in (root, *levels):
             about = cast(dict[str, Any], node.attrs["wsi_brush"])
             assert about["synthetic"] is True
@@ -298,11 +298,16 @@ class TestCompare:
         assert found[0.5] == pytest.approx(1, abs=1e-5)
         assert beside[0.5] < found[0.5] - 1e-3
 
-    def test_without_tissue_there_is_nothing_to_compare(self, slide: Slide, brush: Brush, tmp_path: Path) -> None:
-        Image.fromarray(np.full((256, 256, 3), 250, np.uint8)).save(tmp_path / "blank.png")
-        blank = open_slide(tmp_path / "blank.png", assume_mpp=0.5)
-        found = compare(slide, blank, Grid(0.5, 400, 400, 256, 256), brush=brush, encoder=ENCODER)
-        assert all(math.isnan(value) for value in found.values())
+    def test_what_counts_is_the_tissue_of_the_reference(self, slide: Slide, brush: Brush, tmp_path: Path) -> None:
+        """A blank painting of tissue is unlike it; of a blank reference nothing can be said."""
+        canvas = Grid(0.5, 400, 400, 256, 256)
+        for name, colour in (("blank", 250), ("black", 0)):
+            Image.fromarray(np.full((256, 256, 3), colour, np.uint8)).save(tmp_path / f"{name}.png")
+        blank, black = (open_slide(tmp_path / f"{name}.png", assume_mpp=0.5) for name in ("blank", "black"))
+        assert compare(slide, black, canvas, brush=brush, encoder=ENCODER)[0.5] < 0.5
+        assert compare(slide, blank, canvas, brush=brush, encoder=ENCODER)[0.5] < 0.995
+        nothing = compare(blank, slide, Grid(0.5, 0, 0, 256, 256), brush=brush, encoder=ENCODER)
+        assert all(math.isnan(value) for value in nothing.values())
 
 
 class TestRefused:

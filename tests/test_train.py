@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wsi_brush import train
-from wsi_brush.brush import load_brush
+from wsi_brush.brush import load_brush, save_brush
 from wsi_brush.commit import sha256_of, verify
 from wsi_brush.coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
 from wsi_brush.denoiser import ConditionMap, Denoiser, DenoiserConfig
@@ -440,3 +440,16 @@ def test_conditions_are_standardised_and_absent_as_the_brush_reads_them(pack: Tr
         np.testing.assert_allclose(lattice.values.numpy(), expected, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal(lattice.present.numpy(), present)
         np.testing.assert_array_equal(lattice.corner.numpy(), corner)
+
+
+def test_a_brush_may_start_from_another(pack: TrainingPack, tmp_path: Path) -> None:
+    first = _Run(config_of(), pack, tmp_path)
+    first.step()
+    save_brush(first.brush(), tmp_path / "first")
+    second = _Run(config_of(optimisation__start=str(tmp_path / "first")), pack, tmp_path)
+    weights = first.average.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in second.denoiser.state_dict().items())
+    assert all(weight.requires_grad for weight in second.denoiser.parameters())
+    with pytest.raises(UsageError) as found:
+        _Run(config_of(optimisation__start=str(tmp_path / "first"), model__width=32), pack, tmp_path)
+    one_line(found, "other sizes")

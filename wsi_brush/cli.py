@@ -174,7 +174,7 @@ def synthesize(
             typer.echo(f"after {ref.name}, region {','.join(map(str, painted.region))} (level-0 pixels), seed {seed}")
             typer.echo(f"took {painted.seconds:.0f} s and {result['peak_memory_gb']:.1f} GB")
             shown = ", ".join(f"{value:.3f} at {pitch} µm" for pitch, value in cosine.items())
-            typer.echo(f"mean cosine of embeddings with the reference: {shown or 'no whole tile with tissue in both'}")
+            typer.echo(f"mean cosine of embeddings with the reference: {shown or 'no whole tile with tissue'}")
 
 
 @app.command()

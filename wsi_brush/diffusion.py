@@ -155,11 +155,12 @@ def solve(
     solver: Solver = "2m",
     noise: NoiseField | None = None,
     place: Grid | None = None,
+    stream: int = 1000,
 ) -> Tensor:
     """Carry the state x from sigmas[0] to sigmas[-1].
 
     2m: DPM-Solver++(2M), Lu et al. (2022), Alg. 2; ddim: its first order; heun: Karras et al. (2022), Alg. 2;
-    ancestral: DDIM with η = 1, whose fresh noise is read from `noise` at `place`.
+    ancestral: DDIM with η = 1, whose fresh noise is read from `noise` at `place`, streams from `stream` on.
     """
     old: Tensor | None = None
     before = 0.0
@@ -184,7 +185,7 @@ def solve(
             down = math.sqrt(following**2 - up**2)
         x = step(x, estimate, sigma, down)
         if solver == "ancestral" and noise is not None and place is not None:
-            x = x + up * noise.read(place, stream=1000 + index, device=str(x.device))
+            x = x + up * noise.read(place, stream=stream + index, device=str(x.device))
         old, before = image, sigma
     return x
 

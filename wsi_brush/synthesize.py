@@ -21,7 +21,7 @@ from torch import Tensor
 from . import __version__
 from .brush import Brush
 from .commit import check_target, staged
-from .diffusion import Ladder, finer, solve
+from .diffusion import Ladder, Solver, finer, solve
 from .embed import COVER, embed_region
 from .encoder import Encoder
 from .errors import MachineError, RefusedError, UsageError
@@ -54,6 +54,7 @@ class Painting:
     seed: int = 0
     steps: int = 20
     guidance: float = 2.0
+    solver: Solver = "2m"
     tile: int = TILE
     progressive: bool = True
 
@@ -167,7 +168,10 @@ def paint_canvas(
         denoise = CanvasDenoiser(
             brush, maps, whole, mpp=rung.mpp, guidance=painting.guidance, tile=painting.tile, tell=count
         )
-        state = solve(denoise, state, rung.sigmas)
+        place = whole.level(ladder.pitches.index(rung.mpp))
+        state = solve(
+            denoise, state, rung.sigmas, solver=painting.solver, noise=field, place=place, stream=1000 * (index + 1)
+        )
     return state[:, : canvas.height, : canvas.width]
 
 
@@ -279,6 +283,7 @@ def _provenance(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, en
         "seed": painting.seed,
         "steps": painting.steps,
         "guidance": painting.guidance,
+        "solver": painting.solver,
         "progressive": painting.progressive,
         "mpp": canvas.mpp,
         "reference": {"mpp": slide.mpp, "mpp_source": slide.mpp_source, "region": list(_level0(slide, canvas))},
@@ -303,27 +308,34 @@ def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder
     Over the tiles that lie whole inside the painting and hold tissue in the reference, whatever was painted there. NaN
     where there is none, and at pitches finer than the painting's, of which it has nothing to show.
     """
-    inside = Grid(PITCH, 0, 0, *(math.floor(side * canvas.mpp / PITCH + 1e-6) for side in canvas.shape))
-    tissue = Tissue(tissue_mask(read_reference(slide, canvas, inside), PITCH), inside)
+    cells = _whole_cells(canvas, PITCH)
+    tissue = Tissue(tissue_mask(read_reference(slide, canvas, cells), PITCH), cells)
     found = {}
     for mpp in brush.pitches:
-        lattice = _whole_tiles(canvas, encoder.tile * mpp if mpp > 0.99 * canvas.mpp else math.inf)
-        cells = np.argwhere(tissue.cover(lattice) >= COVER) * encoder.tile
-        cosines: list[NDArray[np.float32]] = []
-        for start in range(0, len(cells), _BATCH):
-            grids = [Grid(mpp, int(top), int(left), encoder.tile, encoder.tile) for top, left in cells[start:][:_BATCH]]
-            pair = (encoder(np.stack([read(grid) for grid in grids])) for read in sights)
-            ours, theirs = (brush.standardised(mpp, vectors) for vectors in pair)
-            norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-            cosines.append((ours * theirs).sum(1) / np.maximum(norms, 1e-12))
+        lattice = _whole_cells(canvas, encoder.tile * mpp)
+        seen = tissue.cover(lattice) >= COVER if mpp > 0.99 * canvas.mpp else np.zeros(lattice.shape, np.bool_)
+        corners = np.argwhere(seen) * encoder.tile
+        cosines = []
+        for start in range(0, len(corners), _BATCH):
+            grids = [Grid(mpp, int(y), int(x), encoder.tile, encoder.tile) for y, x in corners[start : start + _BATCH]]
+            real = encoder(np.stack([read_reference(slide, canvas, grid) for grid in grids]))
+            ours = encoder(np.stack([painted.read(grid) for grid in grids]))
+            cosines.append(_cosine(brush.standardised(mpp, real), brush.standardised(mpp, ours)))
         found[mpp] = float(np.concatenate(cosines).mean()) if cosines else math.nan
     return found
 
 
-def _whole_tiles(canvas: Grid, side: float) -> Grid:
+def _whole_cells(canvas: Grid, side: float) -> Grid:
     """The cells of `side` µm that lie whole inside the canvas, counted from its corner."""
     height, width = (math.floor(length * canvas.mpp / side + 1e-6) for length in canvas.shape)
     return Grid(side, 0, 0, height, width)
+
+
+def _cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of each row of one with the same row of the other: (n, dim), (n, dim) -> (n,)."""
+    pair = one.astype(np.float64), other.astype(np.float64)
+    lengths = np.linalg.norm(pair[0], axis=1) * np.linalg.norm(pair[1], axis=1)
+    return np.asarray((pair[0] * pair[1]).sum(1) / np.maximum(lengths, 1e-12))
 
 
 def write_pair(path: Path, slide: Slide, painted: Slide, canvas: Grid, *, side: int = 1024) -> None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .brush import Brush, save_brush
+from .brush import Brush, load_brush, save_brush
 from .commit import check_target, fingerprint, read_manifest, sha256_of, write_json
 from .coordinates import KIND as PACK
 from .coordinates import CoordinateSampler, TrainingPack, build_pack
@@ -88,6 +88,7 @@ class Optimisation(_Strict):
     full_range: float = 0.1  # part of the scenes whose noise is drawn from the whole range, whatever their pitch
     margin: float = 1.5  # noise levels are drawn this factor beyond those that the solver visits
     seed: int = 0
+    start: str | None = None  # a brush to start from, instead of from nothing: "bundled" or a folder
     threads: int = 0
     checkpoint_minutes: float = 3.0
 
@@ -166,6 +167,19 @@ def _pack(data: Data, work: Path, slides: Path, tell: Tell) -> TrainingPack:
     return TrainingPack(path, in_memory=data.in_memory)
 
 
+def _start_from(brush: Brush, denoiser: Denoiser) -> None:
+    """Give `denoiser` the weights of a brush of the same sizes.
+
+    Raises:
+        UsageError: if the sizes differ.
+    """
+    if brush.denoiser.config != denoiser.config:
+        theirs, ours = brush.denoiser.config, denoiser.config
+        raise UsageError(f"start: that brush has other sizes ({theirs}) than [model] and the encoder ask for ({ours})")
+    denoiser.load_state_dict(brush.denoiser.state_dict())
+    denoiser.requires_grad_(True)
+
+
 class _Run:
     """Weights, their average, the optimiser, and the clock of a training run."""
 
@@ -174,6 +188,8 @@ class _Run:
         o = config.optimisation
         torch.manual_seed(o.seed)
         self.denoiser = Denoiser(DenoiserConfig(dim=pack.about["dim"], **config.model.model_dump()))
+        if o.start is not None:
+            _start_from(load_brush(o.start), self.denoiser)
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False)
         decayed = [p for p in self.denoiser.parameters() if p.ndim > 1]
         others = [p for p in self.denoiser.parameters() if p.ndim <= 1]
