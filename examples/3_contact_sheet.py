@@ -8,6 +8,7 @@ reference's, octave by octave from the finest (what the mean over 2 x 2 pixels l
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -15,12 +16,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from wsi_brush.brush import load_brush
-from wsi_brush.embed import embed_region
 from wsi_brush.encoder import load_encoder
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory
 from wsi_brush.slide import open_slide
-from wsi_brush.synthesize import Painting, Shifted, choose_canvas, synthesize_slide
+from wsi_brush.synthesize import Painting, choose_canvas, read_reference, synthesize_slide
 from wsi_brush.tissue import find_tissue
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -29,7 +29,7 @@ parser.add_argument("-o", "--out", type=Path, required=True)
 parser.add_argument("--size", type=int, default=2048)
 parser.add_argument("--at", type=float, default=2.0, help="pitch of the table, µm")
 parser.add_argument("--brush", default="bundled")
-parser.add_argument("--guidance", type=float, default=2.0)
+parser.add_argument("--guidance", type=float, default=1.5)
 parser.add_argument("--steps", type=int, default=20)
 arguments = parser.parse_args()
 
@@ -39,15 +39,14 @@ encoder = load_encoder(brush.about["encoder"])
 arguments.out.mkdir(parents=True, exist_ok=True)
 
 
-def region_vector(slide, canvas):
-    """The mean standardised embedding of the tiles of a canvas."""
-    side = encoder.tile * arguments.at
-    inner = Grid(side, 0, 0, *(int(edge / side + 1e-6) for edge in canvas.extent[2:]))
-    found = embed_region(slide, inner, encoder=encoder, pitches=(arguments.at,), tissue=find_tissue(slide))[
-        arguments.at
+def region_vector(read, canvas):
+    """The mean standardised embedding of the tiles of a canvas; `read` takes grids counted from its corner."""
+    tile, side = encoder.tile, encoder.tile * arguments.at
+    rows, columns = (int(length * canvas.mpp / side + 1e-6) for length in canvas.shape)
+    grids = [
+        Grid(arguments.at, tile * row, tile * column, tile, tile) for row in range(rows) for column in range(columns)
     ]
-    vectors = brush.standardised(arguments.at, found.values.astype(np.float32)).reshape(-1, encoder.dim)
-    vector = vectors[np.isfinite(vectors[:, 0])].mean(0)
+    vector = brush.standardised(arguments.at, encoder(np.stack([read(grid) for grid in grids]))).mean(0)
     return vector / np.linalg.norm(vector)
 
 
@@ -72,15 +71,15 @@ for name, argument in zip(names, arguments.slides, strict=True):
     target = arguments.out / f"{name}.ome.zarr"
     done = synthesize_slide(path, target, painting, brush=brush, encoder=encoder, assume_mpp=slide.mpp, overwrite=True)
     seconds.append(done.seconds)
-    painted, here = open_slide(target), Shifted(slide, canvas)
+    painted, here = open_slide(target).read, functools.partial(read_reference, slide, canvas)
     local = Grid(canvas.mpp, 0, 0, *canvas.shape)
-    references.append(region_vector(here, local))
-    paintings.append(region_vector(painted, local))
-    spectra.append(octaves(painted.read(local)) / octaves(here.read(local)))
+    references.append(region_vector(here, canvas))
+    paintings.append(region_vector(painted, canvas))
+    spectra.append(octaves(painted(local)) / octaves(here(local)))
     factor = arguments.size // 512
     middle = (arguments.size - 512) // 2
     far, near = Grid(canvas.mpp * factor, 0, 0, 512, 512), Grid(canvas.mpp, middle, middle, 512, 512)
-    rows.append(np.concatenate([one.read(grid) for grid in (far, near) for one in (here, painted)], 1))
+    rows.append(np.concatenate([read(grid) for grid in (far, near) for read in (here, painted)], 1))
     cosine = {pitch: round(value, 3) for pitch, value in done.cosine.items()}
     print(f"{name}: {done.seconds:.0f} s, cosine by tile {cosine}, spectrum {spectra[-1].round(2)}", flush=True)
 

@@ -122,7 +122,7 @@ def synthesize(
     steps: Annotated[int, typer.Option(help="Evaluations of the solver.", min=5, max=1000)] = 20,
     guidance: Annotated[
         float, typer.Option(help="How strongly the embeddings are followed; 1 is half the work.")
-    ] = 2.0,
+    ] = 1.5,
     png: Annotated[Path | None, typer.Option(help="Also write reference and painting side by side.")] = None,
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,

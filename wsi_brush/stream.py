@@ -37,7 +37,7 @@ class CanvasDenoiser:
     """
 
     def __init__(
-        self, brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, *, mpp: float, guidance: float = 2.0,
+        self, brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, *, mpp: float, guidance: float = 1.5,
         tile: int = TILE, tell: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
         if tile < NODE or tile % NODE:
