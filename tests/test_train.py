@@ -390,7 +390,7 @@ def test_noise_levels_are_those_that_the_solver_visits() -> None:
 
 
 def test_the_layout_is_told_the_scene_without_bias(pack: TrainingPack) -> None:
-    """The nodes' mass over many draws, from windows and occupied cells, is that of a scene whose every point is there."""
+    """Mass of the nodes over many draws, from windows and occupied cells, is that of a scene with every point."""
     sampler = CoordinateSampler(pack, shares=(1, 0, 0, 0, 0), sizes=(128,) * 5, window=32, points=60)
     denoiser = Denoiser(DenoiserConfig(dim=6, width=4, depth=(1, 1, 2), layout=2, heads=2, tokens=2))
     total, count = torch.zeros(5, 5), 0
