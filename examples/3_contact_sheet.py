@@ -87,7 +87,7 @@ sheet = Image.fromarray(np.concatenate([np.full((24, rows[0].shape[1], 3), 255, 
 draw = ImageDraw.Draw(sheet)
 for column, text in enumerate(("reference", "SYNTHETIC", "reference, 0.5 µm/px", "SYNTHETIC, 0.5 µm/px")):
     draw.text((column * 512 + 6, 6), text, fill=(0, 0, 0))
-sheet.save(arguments.out / "contact_sheet.png")
+sheet.save(arguments.out / "contact_sheet.jpg", quality=88)
 
 table = np.stack(paintings) @ np.stack(references).T
 print(f"cosine of region vectors at {arguments.at:g} µm; rows: paintings, columns: references")

@@ -81,18 +81,30 @@ class Ran:
 
 
 class Words:
-    """Runs `wsi-brush` with arguments; `inside` starts the forking process, such as in a namespace of its own."""
+    """Runs `wsi-brush` with arguments, where the system allows it in a mount namespace with a `disk` of 60 kB."""
 
-    def __init__(self, folder: Path, *inside: object) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        command = [*map(str, inside), sys.executable, "-c", SERVER]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.ready = self._read() == "ready"
+        self.disk: Path | None = folder / "disk"
+        self.disk.mkdir()
+        mounted = 'mount -t tmpfs -o size=60k none "$0" && exec "$@"'
+        unshare = shutil.which("unshare")
+        if not unshare or not self._start(unshare, "-rm", "sh", "-c", mounted, str(self.disk)):
+            self.disk = None
+            assert self._start()
 
-    @property
-    def root(self) -> Path:
-        """The file system as that process sees it."""
-        return Path(f"/proc/{self._server.pid}/root")
+    def _start(self, *inside: str) -> bool:
+        self._server = subprocess.Popen(
+            [*inside, sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        ready = self._read() == "ready"
+        if not ready:
+            self.close()
+        return ready
+
+    def seen(self, folder: Path) -> list[str]:
+        """What is in a folder as the runs see it."""
+        return [path.name for path in Path(f"/proc/{self._server.pid}/root", *folder.parts[1:]).iterdir()]
 
     def __call__(self, *arguments: object, interrupt_after: str = "") -> Ran:
         """`interrupt_after`: Ctrl-C as soon as standard error says this."""
@@ -130,7 +142,6 @@ def wait_for(happened: Callable[[], bool], *, seconds: float = 60) -> None:
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Words]:
     found = Words(tmp_path_factory.mktemp("streams"))
-    assert found.ready
     yield found
     found.close()
 
@@ -374,27 +385,19 @@ class TestOutputs:
         assert commit.verify(target) == []
         assert [path.name for path in tmp_path.iterdir()] == ["new.ome.zarr"]
 
-    def test_a_full_disk(self, brush: Path, tissue_slide: Path, tmp_path: Path) -> None:
+    def test_a_full_disk(self, words: Words, brush: Path, tissue_slide: Path) -> None:
         """One line, and what had been written is gone: a smaller painting finds room."""
-        unshare, disk = shutil.which("unshare"), tmp_path / "disk"
-        if not unshare or subprocess.run([unshare, "-rm", "true"], capture_output=True, check=False).returncode:
+        disk = words.disk
+        if disk is None:
             pytest.skip("needs `unshare -rm` to mount a tiny disk of its own")
-        disk.mkdir()
-        mounted = 'mount -t tmpfs -o size=60k none "$0" && exec "$@"'
-        words = Words(tmp_path, unshare, "-rm", "sh", "-c", mounted, disk)
-        try:
-            if not words.ready:
-                pytest.skip("a namespace of its own may not mount here")
-            for arguments in (
-                paint(tissue_slide, disk / "new.ome.zarr", brush, size=512, quiet=True),
-                ["embed", tissue_slide, "-o", disk, "--quiet"],
-            ):
-                assert "the disk is full; free some space" in words(*arguments).one_line(2)
-                assert list((words.root / disk.relative_to("/")).iterdir()) == []
-            assert words(*paint(tissue_slide, disk / "new.ome.zarr", brush, size=64, quiet=True)).code == 0
-            assert [path.name for path in (words.root / disk.relative_to("/")).iterdir()] == ["new.ome.zarr"]
-        finally:
-            words.close()
+        for arguments in (
+            paint(tissue_slide, disk / "new.ome.zarr", brush, size=512, quiet=True),
+            ["embed", tissue_slide, "-o", disk, "--quiet"],
+        ):
+            assert "the disk is full; free some space" in words(*arguments).one_line(2)
+            assert words.seen(disk) == []
+        assert words(*paint(tissue_slide, disk / "new.ome.zarr", brush, size=64, quiet=True)).code == 0
+        assert words.seen(disk) == ["new.ome.zarr"]
 
 
 class TestInterrupted:
