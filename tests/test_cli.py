@@ -169,7 +169,7 @@ def painted(words: Words, brush: Path, tissue_slide: Path, tmp_path_factory: pyt
 
 def paint(slide: Path, target: Path, brush: Path | str, **options: object) -> list[object]:
     """The words of a quick painting; an option of value True is a switch."""
-    options = {"steps": 5} | options
+    options = {"steps": 5, "guidance": 1} | options
     named = [[f"--{name.replace('_', '-')}", *([] if value is True else [value])] for name, value in options.items()]
     return ["synthesize", "--ref", slide, "-o", target, "--brush", brush, *(word for pair in named for word in pair)]
 
@@ -607,6 +607,8 @@ class TestManners:
     ) -> None:
         assert "give --size 1024" in words(*paint(tissue_slide, tmp_path / "x", brush, dry_run=True)).one_line(1)
         assert "no brush" in words(*paint(tissue_slide, tmp_path / "x", tmp_path, dry_run=True)).one_line(1)
+        ran = words("embed", tissue_slide, tmp_path / "absent.svs", "-o", tmp_path / "x", "--dry-run")
+        assert "absent.svs: no such file" in ran.out
         assert "no slides" in words("embed", brush, "-o", tmp_path / "x", "--dry-run").one_line(1)
 
     def test_a_wrong_configuration_is_one_line(self, words: Words, tmp_path: Path) -> None:

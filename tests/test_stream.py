@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def brush() -> Brush:
-    return make_brush(dim=DIM, tile=SIDE)
+    return cast(Brush, make_brush(dim=DIM, tile=SIDE))
 
 
 def maps_on(canvas: Grid, *, seed: int = 0) -> dict[float, EmbeddingMap]:

@@ -41,9 +41,14 @@ QUICK = Painting(region=(300, 280, 333, 517), steps=5)
 CANARY = "Ramona^Testcase"
 
 
+def quick(**options: Any) -> Painting:
+    """A painting of few steps, asked once each."""
+    return Painting(**{"steps": 5, "guidance": 1.0, **options})
+
+
 @pytest.fixture(scope="module")
 def brush() -> Brush:
-    return make_brush(dim=ENCODER.dim, tile=ENCODER.tile)
+    return cast(Brush, make_brush(dim=ENCODER.dim, tile=ENCODER.tile))
 
 
 @pytest.fixture(scope="module")
@@ -152,22 +157,22 @@ class TestPlace:
 class TestPaint:
     def test_the_same_seed_the_same_pixels_another_seed_others(self, brush: Brush, slide: Slide) -> None:
         canvas = Grid(0.5, 304, 304, 96, 128)
-        first, again = (paint(brush, slide, Painting(seed=3, steps=5), canvas) for _ in range(2))
-        other = paint(brush, slide, Painting(seed=4, steps=5), canvas)
+        first, again = (paint(brush, slide, quick(seed=3), canvas) for _ in range(2))
+        other = paint(brush, slide, quick(seed=4), canvas)
         assert torch.equal(first, again)
         assert (as_pixels(first) != as_pixels(other)).mean() > 0.5
         assert as_pixels(first).std() > 2  # not one colour
 
     def test_the_tile_changes_no_bit(self, brush: Brush, slide: Slide) -> None:
         canvas = Grid(0.5, 304, 304, 70, 90)
-        whole, tiled = (paint(brush, slide, Painting(steps=5, tile=tile), canvas) for tile in (768, 128))
+        whole, tiled = (paint(brush, slide, quick(tile=tile), canvas) for tile in (768, 128))
         assert torch.equal(whole, tiled)
 
     @pytest.mark.parametrize("mpp", [0.5, 1.0, 2.0])
     @pytest.mark.parametrize("progressive", [True, False])
     def test_at_every_pitch_of_the_ladder(self, brush: Brush, slide: Slide, mpp: float, progressive: bool) -> None:
         canvas = Grid(mpp, 33, 17, 45, 61)
-        state = paint(brush, slide, Painting(steps=5, mpp=mpp, progressive=progressive), canvas)
+        state = paint(brush, slide, quick(mpp=mpp, progressive=progressive), canvas)
         assert state.shape == (3, 45, 61)
         assert torch.isfinite(state).all()
 
@@ -179,7 +184,7 @@ class TestPaint:
         canvas = Grid(0.5, 0, 0, 64, 64)
         maps = embed_region(slide, canvas, encoder=ENCODER, pitches=brush.pitches)
         assert not maps[0.5].present.any()
-        assert torch.isfinite(paint_canvas(brush, maps, canvas, Painting(steps=5))).all()
+        assert torch.isfinite(paint_canvas(brush, maps, canvas, quick())).all()
 
     def test_progress_counts_every_pixel_of_every_step(self, brush: Brush, slide: Slide) -> None:
         canvas, told = Grid(0.5, 304, 304, 40, 40), []
@@ -191,9 +196,9 @@ class TestPaint:
         assert told[-1][1] == total
 
     def test_a_wider_canvas_is_estimated_longer(self, brush: Brush) -> None:
-        small = estimate_seconds(brush, Grid(0.5, 0, 0, 512, 512), Painting(steps=5))
+        small = estimate_seconds(brush, Grid(0.5, 0, 0, 512, 512), quick())
         assert small > 0
-        assert estimate_seconds(brush, Grid(0.5, 0, 0, 4096, 4096), Painting(steps=5)) > 8 * small
+        assert estimate_seconds(brush, Grid(0.5, 0, 0, 4096, 4096), quick()) > 8 * small
 
 
 class TestSlide:
@@ -254,9 +259,7 @@ class TestSlide:
     @pytest.mark.parametrize("mpp", [1.0, 2.0])
     def test_at_a_coarser_pitch(self, tissue_slide: Path, brush: Brush, tmp_path: Path, mpp: float) -> None:
         target = tmp_path / "coarse.ome.zarr"
-        report = synthesize_slide(
-            tissue_slide, target, Painting(size=256, mpp=mpp, steps=5), brush=brush, encoder=ENCODER
-        )
+        report = synthesize_slide(tissue_slide, target, quick(size=256, mpp=mpp), brush=brush, encoder=ENCODER)
         assert (open_slide(target).mpp, report.shape) == (mpp, (256, 256))
         assert report.region[2:] == (int(512 * mpp), int(512 * mpp))
         assert math.isnan(report.cosine[0.5])  # it has no such detail to show
@@ -312,7 +315,7 @@ class TestCompare:
 
 class TestRefused:
     def make(self, reference: Path, target: Path, brush: Brush, **options: Any) -> None:
-        painting = options.pop("painting", Painting(size=32, steps=5))
+        painting = options.pop("painting", quick(size=32))
         synthesize_slide(reference, target, painting, brush=brush, encoder=options.pop("encoder", ENCODER), **options)
 
     def test_another_encoder_than_the_brushs(self, tissue_slide: Path, brush: Brush, tmp_path: Path) -> None:
@@ -352,7 +355,7 @@ class TestRefused:
         first = png.read_bytes()
         with pytest.raises(RefusedError, match="--overwrite"):
             self.make(tissue_slide, tmp_path / "y", brush, png=png)
-        self.make(tissue_slide, target, brush, png=png, overwrite=True, painting=Painting(size=32, steps=5, seed=1))
+        self.make(tissue_slide, target, brush, png=png, overwrite=True, painting=quick(size=32, seed=1))
         assert png.read_bytes() != first
         assert sorted(path.name for path in tmp_path.iterdir()) == ["pair.png", "x"]
 
@@ -367,7 +370,7 @@ class TestRefused:
 def test_ctrl_c_in_the_middle_leaves_nothing(tissue_slide: Path, brush: Brush, tmp_path: Path) -> None:
     """At every stage that is told of; what stood there before stands there still."""
     target = tmp_path / "x"
-    synthesize_slide(tissue_slide, target, Painting(size=32, steps=5), brush=brush, encoder=ENCODER)
+    synthesize_slide(tissue_slide, target, quick(size=32), brush=brush, encoder=ENCODER)
     before = hashes(target)
     for stage in ("embedding the reference", "painting"):
 
@@ -377,7 +380,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing(tissue_slide: Path, brush: Brush, t
 
         with pytest.raises(KeyboardInterrupt):
             synthesize_slide(
-                tissue_slide, target, Painting(size=32, steps=5, seed=1), brush=brush, encoder=ENCODER,
+                tissue_slide, target, quick(size=32, seed=1), brush=brush, encoder=ENCODER,
                 overwrite=True, tell=interrupt,
             )  # fmt: skip
         assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -15,16 +15,22 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from . import __version__
-from .errors import MachineError, UsageError, WsiBrushError
+from .errors import MachineError, SlideError, UsageError, WsiBrushError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from .brush import Brush
+    from .embed import SlideReport
+    from .encoder import Encoder
+    from .synthesize import Painting
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -70,34 +76,23 @@ def embed(
 ) -> None:
     """Slides to embeddings: one store a slide, at 0.5, 2 and 8 µm. Run again: only what is missing is done."""
     with _errors(debug):
-        from .embed import embed_slides, find_slides
+        from .embed import embed_slides
         from .encoder import load_encoder
 
         _prepare(threads)
         loaded = load_encoder(encoder)
         if dry_run:
-            _print_plan(
-                {"slides": [str(path) for path in find_slides(slides)], "stores": str(out), "encoder": loaded.name},
-                json_,
-            )
+            _print_plan(_plan_embedding(loaded, slides, out, assume_mpp, force_mpp), json_)
             return
         with _Shown(quiet) as progress:
             reports = embed_slides(
                 slides, out, encoder=loaded, assume_mpp=assume_mpp, force_mpp=force_mpp, overwrite=overwrite,
                 progress=lambda path, done, total: progress(path.name, done, total),
             )  # fmt: skip
-        rows = [
-            {
-                "slide": str(report.path), "store": str(report.store), "status": report.status, "tiles": report.tiles,
-                "seconds": round(report.seconds, 1), "mpp": report.mpp, "mpp_source": report.mpp_source,
-                "message": report.message,
-            }
-            for report in reports
-        ]  # fmt: skip
         if json_:
-            typer.echo(json.dumps(rows, indent=1))
+            typer.echo(json.dumps([asdict(report) for report in reports], indent=1, default=str))
         elif not quiet:
-            _print_table(rows)
+            _print_table(reports)
         failed = [report for report in reports if report.exit_code]
         for report in failed:
             _say(report.message)
@@ -151,6 +146,7 @@ def synthesize(
         _prepare(threads)
         loaded = load_brush(brush)
         if dry_run:
+            loaded.ladder.starting_at(mpp)  # before the slide is searched for tissue
             _print_plan(_plan_painting(loaded, ref, out, painting, assume_mpp, force_mpp), json_)
             return
         with _Shown(quiet) as progress:
@@ -202,13 +198,11 @@ def train(
             return
         _prepare(read.optimisation.threads)
         tell: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
-        brush = train_brush(read, out, work=work, slides=slides, overwrite=overwrite, tell=tell)
-        training = brush.about["training"]
-        result = {"path": str(out), "steps": training["steps"], "minutes": training["minutes"]}
+        made = train_brush(read, out, work=work, slides=slides, overwrite=overwrite, tell=tell).about["training"]
         if json_:
-            typer.echo(json.dumps(result))
+            typer.echo(json.dumps({"path": str(out), "steps": made["steps"], "minutes": made["minutes"]}))
         elif not quiet:
-            typer.echo(f"{out}: {result['steps']} steps in {result['minutes']} minutes")
+            typer.echo(f"{out}: {made['steps']} steps in {made['minutes']} minutes")
 
 
 @app.command()
@@ -311,23 +305,57 @@ def _read_region(text: str | None) -> tuple[int, int, int, int] | None:
     return top, left, height, width
 
 
-def _plan_painting(
-    brush: Any, ref: Path, out: Path, painting: Any, assume_mpp: float | None, force_mpp: float | None
+def _plan_embedding(
+    encoder: Encoder, paths: list[Path], out: Path, assume_mpp: float | None, force_mpp: float | None
 ) -> dict[str, Any]:
-    """Where would be painted, and what it would need."""
+    """What would be embedded, and what it would need; slides that cannot be read are named."""
+    import numpy as np
+
+    from .embed import COVER, PITCHES, find_slides
+    from .slide import open_slide
+    from .tissue import find_tissue
+
+    slides, failed, tiles = find_slides(paths), [], 0
+    for path in slides:
+        try:
+            slide = open_slide(path, assume_mpp=assume_mpp, force_mpp=force_mpp)
+            tissue = find_tissue(slide)
+        except SlideError as error:
+            failed.append(str(error))
+        else:
+            covers = [tissue.cover(slide.grid.at(encoder.tile * mpp)) for mpp in PITCHES]
+            tiles += sum(int((cover >= COVER).sum()) for cover in covers)
+    start = time.perf_counter()
+    encoder(np.zeros((64, encoder.tile, encoder.tile, 3), np.uint8))
+    minutes = (time.perf_counter() - start) / 64 * tiles / 60
+    return {
+        "slides": [str(path) for path in slides],
+        "unreadable": failed,
+        "tiles": tiles,
+        "time": f"about {minutes:.1f} minutes, and the reading",
+        "memory": "about 1 GB",
+        "disk": f"about {tiles * encoder.dim * 2 / 1e6:.0f} MB",
+        "output": str(out),
+    }
+
+
+def _plan_painting(
+    brush: Brush, ref: Path, out: Path, painting: Painting, assume_mpp: float | None, force_mpp: float | None
+) -> dict[str, Any]:
+    """Where would be painted, and what it would need: as measured with the bundled brush, 512 to 4096 pixels a side."""
     from .slide import open_slide
     from .synthesize import choose_canvas, estimate_seconds
     from .tissue import find_tissue
 
-    brush.ladder.starting_at(painting.mpp)
     slide = open_slide(ref, assume_mpp=assume_mpp, force_mpp=force_mpp)
     canvas = choose_canvas(slide, painting, find_tissue(slide))
+    minutes = estimate_seconds(brush, canvas, painting) / 60
     pixels = canvas.height * canvas.width
     return {
         "canvas": f"{canvas.height} x {canvas.width} pixels at {canvas.mpp:g} µm",
         "corner": f"row {canvas.top}, column {canvas.left} (pixels at {canvas.mpp:g} µm)",
-        "time": f"about {estimate_seconds(brush, canvas, painting) / 60:.1f} minutes of painting",
-        "memory": f"about {1.2 + pixels * 90 / 1e9:.1f} GB",
+        "time": f"about {minutes:.1f} minutes of painting",
+        "memory": f"about {1.1 + 1.6 * min(1, pixels / 2e6) + pixels * 90e-9:.1f} GB",
         "disk": f"at most {pixels * 4 / 1e6:.0f} MB",
         "output": f"{out}{' (exists)' if out.exists() else ''}",
     }
@@ -338,19 +366,18 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(plan, indent=1))
         return
     for name, value in plan.items():
-        typer.echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+        typer.echo(f"{name}: {', '.join(value) or 'none' if isinstance(value, list) else value}")
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_table(reports: list[SlideReport]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("slide", "status", "tiles", "seconds", "µm/px", "from")
-    for row in rows:
-        mpp = "" if row["mpp"] is None else f"{row['mpp']:.4g}"
-        table.add_row(
-            Path(row["slide"]).name, row["status"], str(row["tiles"]), str(row["seconds"]), mpp, row["mpp_source"]
-        )
+    for one in reports:
+        mpp = "" if one.mpp is None else f"{one.mpp:.4g}"
+        table.add_row(escape(one.path.name), one.status, str(one.tiles), f"{one.seconds:.1f}", mpp, one.mpp_source)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
@@ -382,7 +409,9 @@ class _Shown:
         new, self._what = what != self._what, what
         if self._bar is not None:
             if new or self._task is None:
-                self._task = self._bar.add_task(what, total=total)
+                from rich.markup import escape
+
+                self._task = self._bar.add_task(escape(what), total=total)
             self._bar.update(self._task, completed=done)
             return
         now = time.monotonic()
