@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .brush import Brush
     from .embed import SlideReport
     from .encoder import Encoder
+    from .slide import Slide
     from .synthesize import Painting
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -137,25 +138,25 @@ def synthesize(
         place = _read_region(region)
         from .slide import open_slide
 
-        open_slide(ref, assume_mpp=assume_mpp, force_mpp=force_mpp)  # what is no slide is said before torch is loaded
+        slide = open_slide(
+            ref, assume_mpp=assume_mpp, force_mpp=force_mpp
+        )  # what is none is said before torch is loaded
         from .brush import load_brush
         from .encoder import load_encoder
+        from .machine import peak_memory
         from .synthesize import Painting, synthesize_slide
 
         painting = Painting(4096 if size is None else size, place, mpp, seed, steps, guidance)
         _prepare(threads)
         loaded = load_brush(brush)
         if dry_run:
-            loaded.ladder.starting_at(mpp)  # before the slide is searched for tissue
-            _print_plan(_plan_painting(loaded, ref, out, painting, assume_mpp, force_mpp), json_)
+            _print_plan(_plan_painting(loaded, slide, out, painting), json_)
             return
         with _Shown(quiet) as progress:
             painted = synthesize_slide(
                 ref, out, painting, brush=loaded, encoder=load_encoder(encoder or loaded.about["encoder"]),
                 assume_mpp=assume_mpp, force_mpp=force_mpp, overwrite=overwrite, png=png, tell=progress,
             )  # fmt: skip
-        from .machine import peak_memory
-
         cosine = {f"{pitch:g}": round(value, 4) for pitch, value in painted.cosine.items() if not math.isnan(value)}
         height, width = painted.shape
         result = {
@@ -339,15 +340,12 @@ def _plan_embedding(
     }
 
 
-def _plan_painting(
-    brush: Brush, ref: Path, out: Path, painting: Painting, assume_mpp: float | None, force_mpp: float | None
-) -> dict[str, Any]:
+def _plan_painting(brush: Brush, slide: Slide, out: Path, painting: Painting) -> dict[str, Any]:
     """Where would be painted, and what it would need: as measured with the bundled brush, 512 to 4096 pixels a side."""
-    from .slide import open_slide
     from .synthesize import choose_canvas, estimate_seconds
     from .tissue import find_tissue
 
-    slide = open_slide(ref, assume_mpp=assume_mpp, force_mpp=force_mpp)
+    brush.ladder.starting_at(painting.mpp)  # before the slide is searched for tissue
     canvas = choose_canvas(slide, painting, find_tissue(slide))
     minutes = estimate_seconds(brush, canvas, painting) / 60
     pixels = canvas.height * canvas.width
