@@ -26,6 +26,7 @@ from .commit import read_manifest, staged
 from .embed import PITCHES, TileEncoder, embed_region
 from .errors import RefusedError, UsageError
 from .grid import Grid
+from .machine import undisturbed
 from .slide import Slide
 from .tissue import find_tissue
 
@@ -103,7 +104,8 @@ def _keep(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
         compressors=zarr.codecs.ZstdCodec(level=1, checksum=True),
         config={"write_empty_chunks": True},
     )
-    array[...] = values
+    with undisturbed():
+        array[...] = values
 
 
 class _Moments:

@@ -24,6 +24,7 @@ from . import __version__
 from .commit import MANIFEST, read_manifest, sha256_of, staged
 from .errors import RefusedError
 from .grid import Grid
+from .machine import undisturbed
 from .tissue import Tissue
 
 if TYPE_CHECKING:
@@ -200,7 +201,8 @@ def write_store(
     import zarr
 
     about = {"wsi_brush": __version__, **about, "pitches": list(maps)}
-    with staged(path, kind=KIND, about={"format": FORMAT, "about": about}, overwrite=overwrite) as stage:
+    manifest = {"format": FORMAT, "about": about}
+    with staged(path, kind=KIND, about=manifest, overwrite=overwrite) as stage, undisturbed():
         group = zarr.create_group(stage, zarr_format=3)
         embeddings = group.create_group("embeddings")
         _write(group, "tissue", tissue.mask, {"grid": asdict(tissue.grid)})
