@@ -112,12 +112,12 @@ def read_config(path: Path) -> TrainConfig:
         return TrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; expected a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not TOML ({error})") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        known = [name for part in (Data, Model, Optimisation, SlideSource) for name in part.model_fields]
+        known = [name for part in (TrainConfig, Data, Model, Optimisation, SlideSource) for name in part.model_fields]
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
         hint = f"; did you mean {near[0]}?" if near and first["type"] == "extra_forbidden" else ""
         raise UsageError(f"{path}: {key}: {first['msg']}{hint}") from None
@@ -200,6 +200,7 @@ class _Run:
         self.sampler = CoordinateSampler(pack, **sizes, points=config.data.points, seed=o.seed)  # type: ignore[arg-type]
         self.number, self.seconds, self.saved, self.rate = 0, 0.0, 0.0, 0.0
         self._clock = time.monotonic()
+        self._damaged: set[str] = set()
 
     @property
     def progress(self) -> float:
@@ -234,7 +235,11 @@ class _Run:
             )
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
-        torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), o.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), o.clip)
+        if not torch.isfinite(norm):  # a finite loss can have such a gradient; every weight would be lost, then saved
+            raise MachineError(
+                f"step {self.number}: the gradient is {norm.item()}; lower `rate` and run again from the checkpoint"
+            )
         left = max(0.0, 1 - self.progress)
         self.rate = o.rate * min(1.0, (self.number + 1) / o.warmup) * min(1.0, left / 0.6)
         for group in self.optimiser.param_groups:
@@ -256,9 +261,12 @@ class _Run:
         for level, mpp in enumerate(self.ladder.pitches[:3]):
             shares = [float(index == level) for index in range(len(self.ladder.pitches))]
             sizes = [min(size, 256) for size in data.sizes]
-            sampler = CoordinateSampler(
-                self.pack, shares=shares, sizes=sizes, window=data.window, points=data.points, seed=1, held_out=True
-            )
+            try:
+                sampler = CoordinateSampler(
+                    self.pack, shares=shares, sizes=sizes, window=data.window, points=data.points, seed=1, held_out=True
+                )
+            except UsageError:
+                continue  # no room there at this pitch
             values = []
             for batch in range(batches):
                 generator = torch.Generator().manual_seed(batch)
@@ -289,18 +297,20 @@ class _Run:
         return fingerprint({"config": plain, "encoder": self.pack.about["fingerprint"]})
 
     def checkpoint(self) -> None:
-        """Write the older of the two generations anew."""
+        """Write the older of the two generations anew, or the one that was found damaged."""
         tensors: dict[str, Tensor] = {}
         for prefix, state in (("weights", self.denoiser.state_dict()), ("average", self.average.state_dict())):
             tensors |= {f"{prefix}.{name}": value.detach() for name, value in state.items()}
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        generation = min(("a", "b"), key=lambda name: (_read_checkpoint(self.work, name) or {"step": -1})["step"])
+        ages = {name: (_read_checkpoint(self.work, name) or {"step": -1})["step"] for name in "ab"}
+        generation = min(ages, key=lambda name: -1 if name in self._damaged else ages[name])
         partial, path = self.work / f"{generation}.partial", self.work / f"checkpoint-{generation}.safetensors"
         save_file(tensors, partial)
         os.replace(partial, path)
         facts = {"step": self.number, "seconds": self.seconds, "identity": self._identity, "sha256": sha256_of(path)}
         write_json(self.work / f"checkpoint-{generation}.json", facts)
+        self._damaged.discard(generation)
         self.saved = self.seconds
 
     def resume(self, tell: Tell) -> None:
@@ -315,6 +325,7 @@ class _Run:
             path = self.work / f"checkpoint-{facts['name']}.safetensors"
             if not path.is_file() or sha256_of(path) != facts["sha256"]:
                 tell(f"{path}: damaged, trying the generation before")
+                self._damaged.add(facts["name"])
                 continue
             if facts["identity"] != self._identity:
                 raise RefusedError(f"{path}: made by another configuration; choose another --work or remove it")
