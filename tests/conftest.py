@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,17 @@ class MadeSlide:
     """Largest difference from the picture: of a lossless file 2, as it is rounded in the file and on reading."""
     mpp: float = MPP
     assume_mpp: float | None = None
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A test by one thread, and the machine as it was afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def picture(grid: Grid) -> NDArray[np.uint8]:

@@ -17,7 +17,6 @@ from wsi_brush.denoiser import (
     DenoiserConfig,
     Setting,
     _in_cells,
-    batched,
 )
 from wsi_brush.field import mollify
 from wsi_brush.grid import Grid
@@ -29,12 +28,7 @@ REAL = DenoiserConfig(dim=5)
 """The sizes that are trained: matrix products of other sizes may add in another order."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def denoiser_of(config: DenoiserConfig) -> Denoiser:
@@ -322,11 +316,6 @@ def test_cells_of_a_map_lie_where_they_are_read() -> None:
             at_rows, at_columns = _in_cells(lattice, rows[scene], columns[scene], scene)
             torch.testing.assert_close(at_rows, torch.arange(len(at_rows)).float(), rtol=0, atol=1e-4)
             torch.testing.assert_close(at_columns, torch.arange(len(at_columns)).float(), rtol=0, atol=1e-4)
-
-
-def test_maps_are_ordered_by_pitch() -> None:
-    maps = condition_of(1, (64, 64))
-    assert batched({8.0: maps[2], 0.5: maps[0], 2.0: maps[1]}) == maps
 
 
 # -- training ----------------------------------------------------------------------------------------------

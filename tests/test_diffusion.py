@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -32,12 +31,7 @@ from wsi_brush.grid import Grid
 LADDER = Ladder((0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.1, 0.1, 0.09))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- the objective -----------------------------------------------------------------------------------------

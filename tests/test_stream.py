@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
@@ -25,12 +24,7 @@ CANVAS = Grid(0.5, 160, 96, 352, 256)
 DEPTHS = [(1, 1, 2), (1, 2, 3), (2, 1, 1)]  # their operators reach 32, 56 and 40 pixels
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

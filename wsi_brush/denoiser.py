@@ -15,7 +15,6 @@ each; here global tokens made by the layout take its place (`reference` order: s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -32,6 +31,7 @@ from .operators import (
     SelfAttention,
     interpolate,
     interpolate_at,
+    nodes,
     positional,
     splat,
     splat_at,
@@ -171,10 +171,7 @@ class Denoiser(nn.Module):
         setting = Setting(self.signal(_signal(sigma, mpp)), mpp, origin, tables, condition, [])
         for table, lattice in zip(tables, condition, strict=True):
             rows, columns = lattice.centres()
-            place = torch.stack(
-                [setting.places(rows[s][:, None] + 0 * columns[s], 0 * rows[s][:, None] + columns[s], s)
-                 for s in range(len(rows))]
-            )  # fmt: skip
+            place = torch.stack([self._places_one(setting, rows[s], columns[s], s) for s in range(len(rows))])
             setting.memory.append((table + self.place(place)).flatten(1, 2))
         return setting
 
@@ -313,6 +310,12 @@ class Denoiser(nn.Module):
         return place
 
 
+def node_mass(scenes: int, rows: int, columns: int) -> Tensor:
+    """The quadrature weight of every node of so many blocks, what ones splat: (scenes, rows + 1, columns + 1, 1)."""
+    side = NODE // CELL
+    return nodes(splat(torch.ones(scenes, rows * side, columns * side, 1), side))
+
+
 def _in_cells(lattice: ConditionMap, rows: Tensor, columns: Tensor, scene: int) -> tuple[Tensor, Tensor]:
     """Pixels of a scene as positions on an embedding lattice, 0 at the first cell's centre."""
     corner = lattice.corner[scene]
@@ -327,8 +330,3 @@ def _signal(sigma: Tensor, mpp: float) -> Tensor:
     turns = 2 * math.pi * octave / 2.0 ** torch.arange(1, 9, device=sigma.device)
     parts = [(level * waves).sin(), (level * waves).cos(), turns.sin(), turns.cos()]
     return torch.cat(parts, -1)
-
-
-def batched(maps: Mapping[float, ConditionMap]) -> list[ConditionMap]:
-    """The condition's maps in the order of their pitch, finest first."""
-    return [maps[pitch] for pitch in sorted(maps)]

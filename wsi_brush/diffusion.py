@@ -177,15 +177,14 @@ def solve(
             slope = (x - image) / sigma + (ahead - denoise(ahead, following)) / following
             x = x + (following - sigma) * slope / 2
             continue
-        down = following
         if solver == "ancestral":
             if noise is None or place is None:
                 raise ValueError("the ancestral solver needs a noise field and the canvas it is read on")
             up = min(following, math.sqrt(following**2 * (sigma**2 - following**2) / sigma**2))
-            down = math.sqrt(following**2 - up**2)
-        x = step(x, estimate, sigma, down)
-        if solver == "ancestral" and noise is not None and place is not None:
+            x = step(x, image, sigma, math.sqrt(following**2 - up**2))
             x = x + up * noise.read(place, stream=stream + index, device=str(x.device))
+        else:
+            x = step(x, estimate, sigma, following)
         old, before = image, sigma
     return x
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .coordinates import Scenes
-from .denoiser import ConditionMap, Denoiser, Setting
+from .denoiser import CELL, NODE, ConditionMap, Denoiser, Setting, node_mass
 from .diffusion import Ladder, Objective, coefficients, loss
 from .field import mollifier, mollifier_radius
-from .operators import Scatter, nodes, splat
+from .operators import Scatter, nodes
 
 
 class Drawing(Protocol):
@@ -119,15 +119,15 @@ def _gathered(
     values: Tensor, scenes: Scenes,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Node sums and their mass of a batch of scenes, from the windows' cells and the scattered points' cells."""
-    n, side = len(window), window.shape[2] // 32
-    count = size // 32 + 1
+    n, side = len(window), window.shape[2] // NODE
+    count = size // NODE + 1
     own = nodes(denoiser.sketch(window, setting))
-    own = torch.cat([own, nodes(splat(torch.ones(n, side * 4, side * 4, 1), 4))], -1)
+    own = torch.cat([own, node_mass(n, side, side)], -1)
     total = torch.zeros(n, count, count, own.shape[-1])
-    for scene, (row, column) in enumerate((corners // 32).tolist()):
+    for scene, (row, column) in enumerate((corners // NODE).tolist()):
         total[scene, row : row + side + 1, column : column + side + 1] = own[scene]
     if scatter is not None:
-        cells = (size**2 - window.shape[2] ** 2) / 64
+        cells = (size**2 - window.shape[2] ** 2) / CELL**2
         occupied = 1 - (1 - 1 / cells) ** scenes.points.shape[1]  # the chance that a cell holds a point
         total = total + denoiser.sketch_points(values, scatter, 1 / occupied, setting, (size, size))
     return total[..., :-1], total[..., -1:]

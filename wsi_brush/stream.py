@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .brush import Brush
-from .denoiser import CELL, NODE, ConditionMap, Setting
+from .denoiser import NODE, ConditionMap, Setting, node_mass
 from .diffusion import coefficients
 from .grid import Grid
-from .operators import nodes, splat
+from .operators import nodes
 from .store import EmbeddingMap
 
 TILE = 768
@@ -61,7 +61,7 @@ class CanvasDenoiser:
         setting = self._setting(sigma)
         blocks = self._sketch(x, canvas, into, setting)
         with _threads_for(0):  # a few rows each: see there
-            grid, tokens = self._net.layout(nodes(blocks), _mass(blocks), setting)
+            grid, tokens = self._net.layout(nodes(blocks), node_mass(*blocks.shape[:3]), setting)
             memory = self._net.memory(tokens, setting)
         image = torch.empty_like(x)
         for tile, window in self._tiles(canvas, self._net.config.halo):
@@ -129,13 +129,6 @@ def _threads_for(pixels: int) -> Iterator[None]:
 def _in_blocks(place: tuple[slice, slice]) -> tuple[slice, slice]:
     rows, columns = (slice(part.start // NODE, part.stop // NODE) for part in place)
     return rows, columns
-
-
-def _mass(blocks: Tensor) -> Tensor:
-    """The quadrature weight of every node: what ones would have splatted."""
-    asked, rows, columns = blocks.shape[:3]
-    side = NODE // CELL
-    return nodes(splat(torch.ones(asked, rows * side, columns * side, 1), side))
 
 
 def _repeated(lattice: ConditionMap, count: int) -> ConditionMap:

@@ -31,9 +31,10 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from train_encoder import Picture, Sampler, decode, effective_rank, keep_memory, make_views
+from train_encoder import Picture, Sampler, decode, effective_rank, make_views
 
 from wsi_brush.encoder import Encoder, load_encoder
+from wsi_brush.machine import keep_memory
 
 NEIGHBOURS = 5
 MOST = 120  # tiles a slide and half, at most

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import json
 import math
 import os
@@ -35,6 +34,7 @@ from torch.nn import functional
 
 from wsi_brush.commit import fingerprint, sha256_of, write_json
 from wsi_brush.grid import Grid
+from wsi_brush.machine import keep_memory
 from wsi_brush.slide import open_slide
 
 CHECKPOINT_SECONDS = 120.0
@@ -42,14 +42,6 @@ COLOURFUL = 18  # least spread of a tissue pixel's R, G and B, of 255
 STEP = 16  # px between the corners of tiles on offer
 # Optical densities of haematoxylin, eosin and a rest (Ruifrok and Johnston 2001), one a row.
 STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
-
-
-def keep_memory() -> None:
-    """Ask glibc to keep large activations instead of returning them to the kernel after every layer: 2-3 x."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 512 * 2**20)):
-            mallopt(option, value)
 
 
 # data ---------------------------------------------------------------------------------------------
