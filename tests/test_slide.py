@@ -165,6 +165,27 @@ def test_every_made_slide_is_under_contract(made_slides: dict[str, MadeSlide]) -
     assert set(NAMES) == set(made_slides)
 
 
+@pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg"])
+def test_a_painting_says_so_in_any_format(tmp_path: Path, name: str) -> None:
+    import tifffile
+    from PIL import Image, PngImagePlugin
+
+    pixels = np.full((64, 64, 3), 200, np.uint8)
+    for text in ("painted by wsi-brush; synthetic=true", "a slide"):
+        path = tmp_path / f"{text[:3]}{name}"
+        if name.endswith(".tif"):
+            tifffile.imwrite(path, pixels, photometric="rgb", tile=(32, 32), description=text, metadata=None)
+        elif name.endswith(".png"):
+            marks = PngImagePlugin.PngInfo()
+            marks.add_text("Comment", text)
+            Image.fromarray(pixels).save(path, pnginfo=marks)
+        else:
+            exif = Image.Exif()
+            exif[270] = text
+            Image.fromarray(pixels).save(path, exif=exif)
+        assert open_slide(path, assume_mpp=0.5).synthetic is ("synthetic" in text), text
+
+
 def test_labels_are_never_read(made_slides: dict[str, MadeSlide], monkeypatch: pytest.MonkeyPatch) -> None:
     import openslide
     import tiffslide

@@ -210,6 +210,38 @@ def test_a_damaged_checkpoint_costs_one_generation(
         assert_bits(work, whole)
 
 
+def test_no_checkpoint_that_is_whole_is_no_new_beginning(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train_brush(config_of(), tmp_path / "brush", work=work, tell=killed_at(10))
+    for path in work.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    with pytest.raises(RefusedError) as found:
+        train_brush(config_of(), tmp_path / "brush", work=work, tell=lambda line: None)
+    one_line(found, "no checkpoint is whole", "--work")
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+
+
+def test_shards_are_batches_of_their_own_side_by_side(pack: TrainingPack, tmp_path: Path) -> None:
+    """Two shards of a step are the batches that two steps of one shard would draw; their gradients are averaged."""
+    double = _Run(config_of(optimisation__shards=2), pack, tmp_path)
+    (first, one), (second, two) = (double._shard(shard) for shard in range(2))
+    value = double.step()
+    assert value == pytest.approx((first + second) / 2, rel=1e-5)
+    single = _Run(config_of(), pack, tmp_path)
+    assert single._shard(0)[0] == first
+    single.number = 1
+    assert single._shard(0)[0] == second
+    for weight, parts in zip(double.denoiser.parameters(), zip(one, two, strict=True), strict=True):
+        there = [part for part in parts if part is not None]
+        assert (weight.grad is None) == (not there)
+    assert double.number == 1
+    again = _Run(config_of(optimisation__shards=2), pack, tmp_path)
+    again.step()
+    states = double.denoiser.state_dict(), again.denoiser.state_dict()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_a_run_that_is_over_only_writes_its_brush(work: Path, whole: dict[str, Tensor], tmp_path: Path) -> None:
     train_brush(config_of(), tmp_path / "one", work=work, tell=lambda line: None)
     train_brush(config_of(), tmp_path / "two", work=work, tell=lambda line: None)
@@ -310,6 +342,17 @@ def test_the_first_run_makes_the_pack_and_the_next_uses_it(
     one_line(found, "another encoder", "--work")
 
 
+def test_a_pack_of_other_slides_is_refused(tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "load_encoder", lambda name: Colours())
+    data = config_of().data
+    train._pack(data, tmp_path, tissue_slide.parent, lambda line: None)
+    for slide in ({"path": "other.tif"}, {"path": "tissue.tif", "assume_mpp": 0.25}):
+        other = data.model_copy(update={"slides": [train.SlideSource(**slide)]})
+        with pytest.raises(RefusedError) as found:
+            train._pack(other, tmp_path, tissue_slide.parent, lambda line: None)
+        one_line(found, "other slides", "--work")
+
+
 def test_a_configuration_is_read(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[data]\nslides = [{ path = "a.svs", assume_mpp = 0.5 }]\n[model]\nwidth = 24\n', encoding="utf-8")
@@ -329,6 +372,13 @@ def test_a_configuration_is_read(tmp_path: Path) -> None:
         ("[data]\nslides = [{path='a'}]\n[optimisation]\nobjective = 'w'", ["optimisation.objective", "'v' or 'x0'"]),
         ("", ["data", "required"]),
         ("[data", ["not TOML"]),
+        ("[data]\nslides = [{path='a'}]\nsizes = [256, 256]", ["data", "2 sizes", "expected 5"]),
+        ("[data]\nslides = [{path='a'}]\nshares = [0, 0, 0, 0, 0]", ["data", "not all of them 0"]),
+        ("[data]\nslides = [{path='a'}]\nwindow = 160", ["data", "window 160", "no size below"]),
+        ("[data]\nslides = [{path='a'}]\nwindow = 100", ["data", "multiples of 32"]),
+        ("[data]\nslides = [{path='a'}]\npoints = 60000", ["data", "60000 points", "expected 0 to 49152"]),
+        ("[data]\nslides = [{path='a'}]\n[optimisation]\nshards = 0", ["optimisation.shards", "greater than"]),
+        ("[data]\nslides = [{path='a'}]\n[card]\nday = 2026-11-25", ["card.day"]),
     ],
 )
 def test_a_wrong_key_is_named_with_the_nearest(tmp_path: Path, text: str, words: list[str]) -> None:

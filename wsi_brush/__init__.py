@@ -21,6 +21,7 @@ The modules, in the order of the data; a module imports only what stands above i
     denoiser      Denoiser: the conditional operator, a sparse level and a grid level
     diffusion     forward process, objective, noise levels, solvers
     objective     what a training step minimises: the loss at windows and at scattered points
+    optimiser     how weights follow their gradients: Muon and AdamW
     brush         Brush: a trained denoiser and all it needs
     train         verb: pack -> brush
     stream        one denoising step over a canvas of any size, tile by tile

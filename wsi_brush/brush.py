@@ -124,8 +124,9 @@ def load_brush(name: str | Path = "bundled", *, device: str = "cpu") -> Brush:
         sizes = about.pop("denoiser")
         denoiser = Denoiser(DenoiserConfig(**{**sizes, "depth": tuple(sizes["depth"])}))
         denoiser.load_state_dict(load_file(folder / _WEIGHTS, device="cpu"))
-        ladder = about.pop("ladder")
-        ladder = Ladder(**{**ladder, "pitches": tuple(ladder["pitches"]), "details": tuple(ladder["details"])})
+        kept: dict[str, Any] = dict(about.pop("ladder"))
+        kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
+        ladder = Ladder(**kept)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         line = str(error).splitlines()[0]
         raise RefusedError(

@@ -45,8 +45,11 @@ def build_pack(
     encoder: TileEncoder,
     overwrite: bool = False,
     pitches: Sequence[float] = LADDER,
+    sources: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Decode and embed slides into a training pack; needs about 4 bytes a pixel at the finest pitch.
+
+    `sources`: what the pack remembers of where the slides came from, so that it is known again.
 
     Raises:
         SlideError: if a slide cannot be read.
@@ -54,6 +57,7 @@ def build_pack(
     """
     about: dict[str, Any] = {"encoder": encoder.name, "fingerprint": encoder.fingerprint, "dim": encoder.dim}
     about |= {"tile": encoder.tile, "pitches": list(pitches), "until": TRAIN_UNTIL, "slides": len(slides)}
+    about["sources"] = list(sources)
     with staged(target, kind=KIND, about=about, overwrite=overwrite) as stage:
         root = zarr.open_group(stage / "slides", mode="w-", zarr_format=3)
         moments = _Moments(encoder.dim, len(pitches))
@@ -129,7 +133,7 @@ class _Moments:
         self._sums[mpp] = total + present.sum(0), squares + (present**2).sum(0), count + len(present)
 
     def details(self) -> list[float]:
-        return [round(float(math.sqrt(total / max(count, 1))), 5) for total, count in self._detail]
+        return [max(round(float(math.sqrt(total / max(count, 1))), 5), 1e-4) for total, count in self._detail]
 
     def embeddings(self) -> dict[str, dict[str, list[float]]]:
         found = {}

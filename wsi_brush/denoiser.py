@@ -217,7 +217,7 @@ class Denoiser(nn.Module):
         weights = mass[..., 0] / mass.amax(dim=(1, 2, 3))[:, None, None].clamp_min(1e-6)
         for depth, block in enumerate(self.layout_blocks):
             u = block(u, setting.signal)
-            if depth == len(self.layout_blocks) // 2 - 1:
+            if depth == max(len(self.layout_blocks) // 2, 1) - 1:
                 u = self.layout_self(u, place, weights)
                 u = self.layout_cross(u, place, memory)
         score = self.token_score(functional.layer_norm(u, u.shape[-1:])).flatten(1, 2).softmax(1)
@@ -279,7 +279,7 @@ class Denoiser(nn.Module):
         u = self.enter8(mid, at8) + given
         for depth, block in enumerate(self.middle8):
             u = block(u, setting.signal, at8)
-            if depth == len(self.middle8) // 2 - 1:
+            if depth == max(len(self.middle8) // 2, 1) - 1:
                 u = self.cross8(u, place, memory, at8)
         mid = mid + self.leave8(u, at8)
         for block in self.up4:

@@ -67,13 +67,13 @@ class Ladder:
     """Which pitch works at which noise, from the spectrum of the data.
 
     pitches: µm, finest first, each twice the last; details: standard deviation, finest first, of what the mean over
-    2 x 2 pixels of each pitch loses; tolerance: a pitch takes over when (detail / σ)² reaches it; sigma_max: where the
-    coarsest pitch starts; sigma_min: where the finest ends.
+    2 x 2 pixels of each pitch loses; tolerance: a pitch takes over when (detail / σ)² reaches it, one number or one for
+    each of `details`; sigma_max: where the coarsest pitch starts; sigma_min: where the finest ends.
     """
 
     pitches: tuple[float, ...]
     details: tuple[float, ...]
-    tolerance: float = 0.005
+    tolerance: float | tuple[float, ...] = 0.005
     sigma_max: float = 80.0
     sigma_min: float = 0.02
 
@@ -89,7 +89,8 @@ class Ladder:
         """
         for level, pitch in enumerate(self.pitches):
             if math.isclose(pitch, mpp, rel_tol=1e-6):
-                return replace(self, pitches=self.pitches[level:], details=self.details[level:])
+                tolerance = self.tolerance[level:] if isinstance(self.tolerance, tuple) else self.tolerance
+                return replace(self, pitches=self.pitches[level:], details=self.details[level:], tolerance=tolerance)
         known = ", ".join(f"{pitch:g}" for pitch in self.pitches)
         raise UsageError(f"the brush paints at {known} µm per pixel, not at {mpp:g}")
 
@@ -97,7 +98,8 @@ class Ladder:
         """σ, in the image of pitch `level`, at which it takes over from the coarser one."""
         if level == len(self.pitches) - 1:
             return self.sigma_max
-        return self.details[level] / math.sqrt(self.tolerance)
+        tolerance = self.tolerance[level] if isinstance(self.tolerance, tuple) else self.tolerance
+        return self.details[level] / math.sqrt(tolerance)
 
     def span(self, level: int) -> tuple[float, float]:
         """The noise levels (low, high) that the solver visits at a pitch."""

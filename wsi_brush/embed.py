@@ -7,7 +7,6 @@ the same embedding, in whatever region it is asked for.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -316,21 +315,10 @@ def _provenance(slide: Slide, path: Path, encoder: TileEncoder) -> dict[str, Any
             "height": slide.grid.height,
             "width": slide.grid.width,
         },
-        "synthetic": _is_synthetic(slide),
+        "synthetic": slide.synthetic,
         "parameters": parameters,
         "parameters_fingerprint": fingerprint(parameters),
     }
-
-
-def _is_synthetic(slide: Slide) -> bool:
-    """Whether the slide says that it was painted: itself, or the root of its OME-Zarr (as `pyramid` writes)."""
-    root = Path(slide.path) / "zarr.json"
-    try:
-        attributes = json.loads(root.read_text("utf-8")).get("attributes", {}) if root.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise SlideError(f"{root}: cannot be read ({error}); copy the slide again") from None
-    ours = attributes.get("wsi_brush")
-    return bool(getattr(slide, "synthetic", False) or (isinstance(ours, dict) and ours.get("synthetic")))
 
 
 def _is_done(target: Path, parameters: dict[str, Any], *, overwrite: bool) -> bool:

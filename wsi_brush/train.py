@@ -14,11 +14,12 @@ import os
 import time
 import tomllib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,12 +27,13 @@ from torch import Tensor
 from .brush import Brush, load_brush, save_brush
 from .commit import check_target, fingerprint, read_manifest, sha256_of, write_json
 from .coordinates import KIND as PACK
-from .coordinates import CoordinateSampler, TrainingPack, build_pack
+from .coordinates import LADDER, CoordinateSampler, TrainingPack, build_pack
 from .denoiser import Denoiser, DenoiserConfig
 from .diffusion import Ladder, Objective
 from .encoder import load_encoder
 from .errors import MachineError, RefusedError, UsageError
 from .objective import losses
+from .optimiser import optimisers
 from .slide import open_slide
 
 Tell = Callable[[str], None]
@@ -59,6 +61,22 @@ class Data(_Strict):
     window: int = 128
     points: int = 64
 
+    @model_validator(mode="after")
+    def _fits(self) -> Data:
+        if not len(self.shares) == len(self.sizes) == len(LADDER):
+            found = f"{len(self.shares)} shares and {len(self.sizes)} sizes"
+            raise ValueError(f"{found}; expected {len(LADDER)} of each, one a pitch")
+        if min(self.shares) < 0 or not 0 < sum(self.shares) < math.inf:
+            raise ValueError("shares are numbers from 0 on, not all of them 0")
+        if self.window < 32 or any(size % 32 for size in (self.window, *self.sizes)) or self.window > min(self.sizes):
+            raise ValueError(
+                f"window {self.window} and sizes {self.sizes}; expected multiples of 32, and no size below the window"
+            )
+        room = min((size**2 - self.window**2 for size in self.sizes if size > self.window), default=math.inf)
+        if not 0 <= self.points <= room:
+            raise ValueError(f"{self.points} points; expected 0 to {room}, the pixels of a scene outside its window")
+        return self
+
 
 class Model(_Strict):
     """The operator's sizes; see `denoiser.DenoiserConfig`."""
@@ -76,7 +94,10 @@ class Optimisation(_Strict):
 
     steps: int = 100_000
     minutes: float = math.inf
-    batch: int = 8
+    batch: int = 8  # scenes of a shard
+    shards: int = Field(
+        default=1, ge=1
+    )  # batches a step, each of its own pitch; beyond one, side by side, a thread each
     rate: float = 1.5e-3
     warmup: int = 200
     decay: float = 0.01
@@ -86,6 +107,7 @@ class Optimisation(_Strict):
     scattered: float = 0.1  # weight of the scattered points' loss beside the windows'
     unconditional: float = 0.1
     full_range: float = 0.1  # part of the scenes whose noise is drawn from the whole range, whatever their pitch
+    tolerance: float | tuple[float, ...] = (0.03, 0.005, 0.005, 0.005)  # of `diffusion.Ladder`
     margin: float = 1.5  # noise levels are drawn this factor beyond those that the solver visits
     seed: int = 0
     start: str | None = None  # a brush to start from, instead of from nothing: "bundled" or a folder
@@ -99,7 +121,7 @@ class TrainConfig(_Strict):
     data: Data
     model: Model = Model()
     optimisation: Optimisation = Optimisation()
-    card: dict[str, Any] = {}
+    card: dict[str, JsonValue] = {}
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -153,16 +175,15 @@ def train_brush(
 
 def _pack(data: Data, work: Path, slides: Path, tell: Tell) -> TrainingPack:
     path = work / "pack"
+    sources = [source.model_dump() for source in data.slides]
     encoder = load_encoder(data.encoder)
     found = read_manifest(path) if path.is_dir() else None
     if found is None:
         tell(f"decoding and embedding {len(data.slides)} slides into {path}")
         opened = [open_slide(slides / source.path, assume_mpp=source.assume_mpp) for source in data.slides]
         work.mkdir(parents=True, exist_ok=True)
-        build_pack(opened, path, encoder=encoder)
-    elif (
-        found.get("kind") != PACK or found["fingerprint"] != encoder.fingerprint or found["slides"] != len(data.slides)
-    ):
+        build_pack(opened, path, encoder=encoder, sources=sources)
+    elif found.get("kind") != PACK or found["fingerprint"] != encoder.fingerprint or found.get("sources") != sources:
         raise RefusedError(f"{path}: made with another encoder or other slides; remove it or choose another --work")
     return TrainingPack(path, in_memory=data.in_memory)
 
@@ -191,13 +212,13 @@ class _Run:
         if o.start is not None:
             _start_from(load_brush(o.start), self.denoiser)
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False)
-        decayed = [p for p in self.denoiser.parameters() if p.ndim > 1]
-        others = [p for p in self.denoiser.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": o.decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=o.rate, betas=(0.9, 0.98), foreach=True)
-        self.ladder = Ladder(tuple(pack.about["pitches"]), tuple(pack.about["details"]))
+        self.optimisers = optimisers(self.denoiser, rate=o.rate, decay=o.decay)
+        self.ladder = Ladder(tuple(pack.about["pitches"]), tuple(pack.about["details"]), tolerance=o.tolerance)
         sizes = {"shares": config.data.shares, "sizes": config.data.sizes, "window": config.data.window}
         self.sampler = CoordinateSampler(pack, **sizes, points=config.data.points, seed=o.seed)  # type: ignore[arg-type]
+        self._side_by_side: ThreadPoolExecutor | None = None
+        if o.shards > 1:  # tensors are small: threads inside an operator would wait for each other more than work
+            self._side_by_side = ThreadPoolExecutor(o.shards, initializer=torch.set_num_threads, initargs=(1,))
         self.number, self.seconds, self.saved, self.rate = 0, 0.0, 0.0, 0.0
         self._clock = time.monotonic()
         self._damaged: set[str] = set()
@@ -225,16 +246,14 @@ class _Run:
             MachineError: if the loss is not a number; the last checkpoint is as it was.
         """
         o = self.config.optimisation
-        generator = torch.Generator().manual_seed(o.seed * 1_000_003 + self.number)
-        scenes = self.sampler.draw(self.number, o.batch)
-        window, scattered = losses(self.denoiser, self.ladder, scenes, self.pack.about, o, generator)
-        total = window + o.scattered * scattered
-        if not torch.isfinite(total):
-            raise MachineError(
-                f"step {self.number}: the loss is {total.item()}; lower `rate` and run again from the checkpoint"
-            )
-        self.optimiser.zero_grad(set_to_none=True)
-        total.backward()
+        if self._side_by_side is None:
+            shards = [self._shard(0)]
+        else:
+            shards = list(self._side_by_side.map(self._shard, range(o.shards)))
+        value = sum(window for window, _ in shards) / o.shards
+        for parameter, *parts in zip(self.denoiser.parameters(), *(gradient for _, gradient in shards), strict=True):
+            there = [part for part in parts if part is not None]  # what no shard used is left alone
+            parameter.grad = torch.stack(there).sum(0) / o.shards if there else None
         norm = torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), o.clip)
         if not torch.isfinite(norm):  # a finite loss can have such a gradient; every weight would be lost, then saved
             raise MachineError(
@@ -242,16 +261,32 @@ class _Run:
             )
         left = max(0.0, 1 - self.progress)
         self.rate = o.rate * min(1.0, (self.number + 1) / o.warmup) * min(1.0, left / 0.6)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.rate
+            optimiser.step()
         self.number += 1
         keep = min(o.average, (self.number + 1) / (self.number + 10))
         averages: list[Tensor] = list(self.average.parameters())
         torch._foreach_lerp_(averages, [weight.detach() for weight in self.denoiser.parameters()], 1 - keep)
         now = time.monotonic()
         self.seconds, self._clock = self.seconds + now - self._clock, now
-        return window.item()
+        return value
+
+    def _shard(self, shard: int) -> tuple[float, tuple[Tensor | None, ...]]:
+        """Loss on the windows and gradient of one batch: a pure function of the weights, the step and the shard."""
+        o = self.config.optimisation
+        place = self.number * o.shards + shard
+        generator = torch.Generator().manual_seed(o.seed * 1_000_003 + place)
+        scenes = self.sampler.draw(place, o.batch)
+        window, scattered = losses(self.denoiser, self.ladder, scenes, self.pack.about, o, generator)
+        total = window + o.scattered * scattered
+        if not torch.isfinite(total):
+            raise MachineError(
+                f"step {self.number}: the loss is {total.item()}; lower `rate` and run again from the checkpoint"
+            )
+        gradient = torch.autograd.grad(total, list(self.denoiser.parameters()), allow_unused=True)
+        return window.item(), gradient
 
     @torch.no_grad()
     def held_out(self, batches: int = 2) -> str:
@@ -301,8 +336,9 @@ class _Run:
         tensors: dict[str, Tensor] = {}
         for prefix, state in (("weights", self.denoiser.state_dict()), ("average", self.average.state_dict())):
             tensors |= {f"{prefix}.{name}": value.detach() for name, value in state.items()}
-        for index, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        for which, optimiser in enumerate(self.optimisers):
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"{which}.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
         ages = {name: (_read_checkpoint(self.work, name) or {"step": -1})["step"] for name in "ab"}
         generation = min(ages, key=lambda name: -1 if name in self._damaged else ages[name])
         partial, path = self.work / f"{generation}.partial", self.work / f"checkpoint-{generation}.safetensors"
@@ -317,7 +353,7 @@ class _Run:
         """Go on from the newest generation that verifies.
 
         Raises:
-            RefusedError: if it was made by another configuration.
+            RefusedError: if it was made by another configuration, or none verifies.
         """
         for facts in sorted(
             filter(None, (_read_checkpoint(self.work, name) for name in "ab")), key=lambda f: -f["step"]
@@ -336,16 +372,21 @@ class _Run:
             for prefix, module in (("weights.", self.denoiser), ("average.", self.average)):
                 part = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
                 module.load_state_dict(part)
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in tensors.items():
-                if name.startswith("optimiser."):
-                    _, index, field = name.split(".")
-                    state.setdefault(int(index), {})[field] = value
-            self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+            for which, optimiser in enumerate(self.optimisers):
+                state: dict[int, dict[str, Tensor]] = {}
+                for name, value in tensors.items():
+                    if name.startswith(f"{which}."):
+                        _, index, field = name.split(".")
+                        state.setdefault(int(index), {})[field] = value
+                optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
             self.number, self.seconds = facts["step"], facts["seconds"]
             self.saved, self._clock = self.seconds, time.monotonic()
             tell(f"going on from step {self.number}")
             return
+        if self._damaged:
+            raise RefusedError(
+                f"{self.work}: no checkpoint is whole; remove them to begin anew, or choose another --work"
+            )
 
 
 def _read_checkpoint(work: Path, name: Literal["a", "b"] | str) -> dict[str, Any] | None:

@@ -19,6 +19,9 @@ from .pixelsize import PixelSize, from_ome_xml, from_properties, from_resolution
 
 # What tifffile, zarr, imagecodecs and Pillow raise on damaged or foreign files.
 DAMAGE = (OSError, ValueError, LookupError, RuntimeError, TypeError, struct.error, zlib.error)
+MARK = "synthetic=true"
+"""Stands in the description of every TIFF, PNG or JPEG that shows a painting; an OME-Zarr has an attribute."""
+_DESCRIPTION = 270  # the tag of a TIFF, and of a JPEG's Exif
 
 
 class UnreadableError(Exception):
@@ -41,6 +44,8 @@ class Reader(Protocol):
     name: ClassVar[str]
     levels: tuple[Level, ...]
     sizes: list[PixelSize]
+    synthetic: bool
+    """Whether the file says of itself that it was painted."""
 
     def __init__(self, path: Path) -> None: ...
 
@@ -100,6 +105,7 @@ class OpenSlideReader:
         if about.get("openslide.vendor") != "generic-tiff":  # there it is the resolution, even one for print
             self.sizes += from_properties("openslide.mpp-x", about.get("openslide.mpp-x"), about.get("openslide.mpp-y"))
         self.sizes += from_resolution(about) + from_ome_xml(about.get("tiff.ImageDescription"))
+        self.synthetic = MARK in about.get("tiff.ImageDescription", "")
 
     def read(self, level: Level, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
         factor = int(self._factors[level.number])
@@ -144,6 +150,7 @@ class TiffSlideReader:
         if about.get("tiffslide.vendor") not in (None, "generic-tiff"):
             self.sizes += from_properties("tiffslide.mpp-x", about["tiffslide.mpp-x"], about["tiffslide.mpp-y"])
         self.sizes += from_resolution(about) + from_ome_xml(xml)
+        self.synthetic = MARK in str(about.get("tiff.ImageDescription"))
 
     def read(self, level: Level, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
         window = (slice(top, top + height), slice(left, left + width))
@@ -196,6 +203,8 @@ class OmeZarrReader:
         if pitches[0]:
             height, width = (in_micrometres(pitches[0][axis], axes[axis][1]) for axis in (y, x))
             self.sizes = from_properties("ome-zarr scale", width, height)
+        ours = about.get("wsi_brush")  # as `pyramid` writes it
+        self.synthetic = isinstance(ours, dict) and ours.get("synthetic") is True
 
     def read(self, level: Level, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
         places: dict[str, Any] = {"y": slice(top, top + height), "x": slice(left, left + width), "c": slice(None)}
@@ -230,6 +239,7 @@ class ImageReader:
         self._pixels: NDArray[np.uint8] | None = None
         self.levels = levels_from([(self._image.height, self._image.width)])
         self.sizes: list[PixelSize] = []
+        self.synthetic = MARK in f"{self._image.info} {self._image.getexif().get(_DESCRIPTION)}"
 
     def read(self, level: Level, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
         if self._pixels is None:

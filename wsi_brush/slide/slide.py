@@ -57,6 +57,8 @@ class Slide:
     levels: tuple[Level, ...]
     pixel: tuple[float, float]
     """Height and width of a level-0 pixel, µm."""
+    synthetic: bool = False
+    """Whether the file says of itself that it was painted."""
     _handle: _Handle = field(default_factory=_Handle, repr=False, compare=False)
 
     def read(self, grid: Grid) -> NDArray[np.uint8]:
@@ -120,7 +122,7 @@ def open_slide(path: str | Path, *, assume_mpp: float | None = None, force_mpp: 
         pixel = (size.pitch, size.pitch)  # less than half a pixel over the whole slide: the header's rounding
     height, width = round(full.height * pixel[0] / size.pitch), round(full.width * pixel[1] / size.pitch)
     grid = Grid(size.pitch, 0, 0, height, width)
-    return Slide(path, size.pitch, size.source, reader.name, grid, reader.levels, pixel)
+    return Slide(path, size.pitch, size.source, reader.name, grid, reader.levels, pixel, reader.synthetic)
 
 
 def _open_reader(path: Path) -> tuple[Reader, list[PixelSize]]:
