@@ -17,14 +17,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .field import NoiseField
-from .grid import Grid
 
 Objective = Literal["v", "x0"]
 SIGMA_DATA = 0.5  # root mean square of an H&E image in [-1, 1], every pitch
@@ -149,48 +146,70 @@ Denoise = Callable[[Tensor, float], Tensor]
 Solver = Literal["2m", "ddim", "heun", "ancestral"]
 
 
-def solve(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    *,
-    solver: Solver = "2m",
-    noise: NoiseField | None = None,
-    place: Grid | None = None,
-    stream: int = 1000,
-) -> Tensor:
-    """Carry the state x from sigmas[0] to sigmas[-1].
+class Move(NamedTuple):
+    """One evaluation of a solver, D = denoise(x, sigma), and the state after it.
 
-    2m: DPM-Solver++(2M), Lu et al. (2022), Alg. 2; ddim: its first order; heun: Karras et al. (2022), Alg. 2;
-    ancestral: DDIM with η = 1, whose fresh noise is read from `noise` at `place`, streams from `stream` on.
+    x <- keep x + new D + old D' + fresh z, where D' is the evaluation before and z white noise of stream `stream`. All
+    our solvers are such sums, so a canvas moves tile by tile, and a run is a list of moves that goes on at any of them.
     """
-    old: Tensor | None = None
-    before = 0.0
+
+    sigma: float
+    keep: float
+    new: float
+    old: float = 0.0
+    fresh: float = 0.0
+    stream: int = 0
+
+    def of(self, x: Tensor, image: Tensor, before: Tensor | None, noise: Tensor | None) -> Tensor:
+        """The state after the move; `before` and `noise` are only read where their weights are not zero.
+
+        Raises:
+            ValueError: if one is needed and not given.
+        """
+        found = x * self.keep + image * self.new
+        for other, weight, name in ((before, self.old, "the evaluation before"), (noise, self.fresh, "noise")):
+            if weight:
+                if other is None:
+                    raise ValueError(f"this move needs {name}")
+                found += other * weight
+        return found
+
+
+def moves(sigmas: Sequence[float], solver: Solver = "2m", *, stream: int = 1000) -> list[Move]:
+    """The moves of a solver from sigmas[0] to sigmas[-1].
+
+    2m: DPM-Solver++(2M), Lu et al. (2022), Alg. 2; ddim: its first order; heun: Karras et al. (2022), Alg. 2, whose
+    second evaluation moves by (1 - r) / 2r of the difference of both, r = following / sigma; ancestral: DDIM with
+    η = 1, whose fresh noise is of the streams from `stream` on.
+    """
+    found: list[Move] = []
     for index, (sigma, following) in enumerate(pairwise(sigmas)):
-        image = denoise(x, sigma)
+        keep = following / sigma
         if following == 0:
-            return image
-        estimate = image
-        if solver == "2m" and old is not None:
-            ratio = math.log(before / sigma) / math.log(sigma / following)
-            estimate = image + (image - old) / (2 * ratio)
+            found.append(Move(sigma, 0.0, 1.0))
+        elif solver == "2m" and index:
+            # half of h / h', where h is this step in log σ and h' the one before
+            extra = math.log(sigma / following) / math.log(sigmas[index - 1] / sigma) / 2
+            found.append(Move(sigma, keep, (1 - keep) * (1 + extra), -(1 - keep) * extra))
         elif solver == "heun":
-            ahead = step(x, image, sigma, following)
-            slope = (x - image) / sigma + (ahead - denoise(ahead, following)) / following
-            x = x + (following - sigma) * slope / 2
-            continue
-        if solver == "ancestral":
-            if noise is None or place is None:
-                raise ValueError("the ancestral solver needs a noise field and the canvas it is read on")
-            up = min(following, math.sqrt(following**2 * (sigma**2 - following**2) / sigma**2))
-            x = step(x, image, sigma, math.sqrt(following**2 - up**2))
-            x = x + up * noise.read(place, stream=stream + index, device=str(x.device))
+            turn = (1 - keep) / (2 * keep)
+            found += [Move(sigma, keep, 1 - keep), Move(following, 1.0, turn, -turn)]
+        elif solver == "ancestral":
+            fresh = following * math.sqrt(1 - keep**2)
+            keep = keep**2  # = sqrt(following² - fresh²) / sigma
+            found.append(Move(sigma, keep, 1 - keep, fresh=fresh, stream=stream + index))
         else:
-            x = step(x, estimate, sigma, following)
-        old, before = image, sigma
+            found.append(Move(sigma, keep, 1 - keep))
+    return found
+
+
+def solve(
+    denoise: Denoise, x: Tensor, steps: Sequence[Move], *, noise: Callable[[int], Tensor] | None = None
+) -> Tensor:
+    """Carry the state x through the moves; `noise(stream)` is white noise of the state's shape."""
+    before: Tensor | None = None
+    for move in steps:
+        image = denoise(x, move.sigma)
+        x = move.of(x, image, before, noise(move.stream) if move.fresh and noise else None)
+        before = image
     return x
-
-
-def step(x: Tensor, image: Tensor, sigma: float, following: float) -> Tensor:
-    """Along the straight line from the image through x, from σ to the next."""
-    return torch.lerp(image, x, following / sigma)

@@ -1,7 +1,8 @@
 """How weights follow their gradients: matrices by Muon, all else by AdamW.
 
-On this model a hundred steps of Muon from one start lower the loss about twice as far as a hundred of AdamW, and cost
-8 % more time. torch's own Muon works in bfloat16, which is 20 times slower than float32 on CPUs without such units.
+After a hundred steps from one start, the held-out loss at 0.5, 1, 2 µm/px was 0.232, 0.164, 0.186 with Muon and 0.239,
+0.167, 0.190 with AdamW at the same rate; a step takes 8 % longer. torch's own Muon works in bfloat16, which is 20 times
+slower than float32 on CPUs without such units.
 """
 
 from __future__ import annotations

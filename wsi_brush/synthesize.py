@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from . import __version__
 from .brush import Brush
 from .commit import check_target, staged
-from .diffusion import Ladder, Solver, finer, solve
+from .diffusion import Ladder, Solver, finer, moves, solve
 from .embed import COVER, embed_region
 from .encoder import Encoder
 from .errors import MachineError, RefusedError, UsageError
@@ -169,10 +170,13 @@ def paint_canvas(
             brush, maps, whole, mpp=rung.mpp, guidance=painting.guidance, tile=painting.tile, tell=count
         )
         place = whole.level(ladder.pitches.index(rung.mpp))
-        state = solve(
-            denoise, state, rung.sigmas, solver=painting.solver, noise=field, place=place, stream=1000 * (index + 1)
-        )
+        steps = moves(rung.sigmas, painting.solver, stream=1000 * (index + 1))
+        state = solve(denoise, state, steps, noise=partial(_noise, field, place))
     return state[:, : canvas.height, : canvas.width]
+
+
+def _noise(field: NoiseField, place: Grid, stream: int) -> Tensor:
+    return field.read(place, stream=stream)
 
 
 def evaluated_pixels(ladder: Ladder, canvas: Grid, painting: Painting) -> int:
