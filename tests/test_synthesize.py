@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -16,24 +23,15 @@ from conftest import TileStatistics, make_brush, write_aperio
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsi_brush import commit
+from wsi_brush import commit, paint
 from wsi_brush.brush import Brush
 from wsi_brush.embed import embed_region
 from wsi_brush.encoder import Encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
 from wsi_brush.grid import Grid
+from wsi_brush.paint import Painting, estimate_seconds, evaluated_pixels, paint_canvas
 from wsi_brush.slide import Slide, open_slide
-from wsi_brush.synthesize import (
-    MARK,
-    Painting,
-    as_pixels,
-    choose_canvas,
-    compare,
-    estimate_seconds,
-    evaluated_pixels,
-    paint_canvas,
-    synthesize_slide,
-)
+from wsi_brush.synthesize import MARK, as_pixels, choose_canvas, compare, synthesize_slide
 from wsi_brush.tissue import Tissue, find_tissue
 
 ENCODER = cast(Encoder, TileStatistics())
@@ -80,9 +78,10 @@ def painted(marked_slide: Path, brush: Brush, tmp_path_factory: pytest.TempPathF
     return target
 
 
-def paint(brush: Brush, slide: Slide, painting: Painting, canvas: Grid) -> torch.Tensor:
+def paint_on(brush: Brush, slide: Slide, painting: Painting, canvas: Grid) -> torch.Tensor:
     maps = embed_region(slide, canvas, encoder=ENCODER, pitches=brush.pitches)
-    return paint_canvas(brush, maps, canvas, painting)
+    state = torch.from_numpy(np.asarray(paint_canvas(brush, maps, canvas, painting)))
+    return state[:, : canvas.height, : canvas.width]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -157,34 +156,34 @@ class TestPlace:
 class TestPaint:
     def test_the_same_seed_the_same_pixels_another_seed_others(self, brush: Brush, slide: Slide) -> None:
         canvas = Grid(0.5, 304, 304, 96, 128)
-        first, again = (paint(brush, slide, quick(seed=3), canvas) for _ in range(2))
-        other = paint(brush, slide, quick(seed=4), canvas)
+        first, again = (paint_on(brush, slide, quick(seed=3), canvas) for _ in range(2))
+        other = paint_on(brush, slide, quick(seed=4), canvas)
         assert torch.equal(first, again)
         assert (as_pixels(first) != as_pixels(other)).mean() > 0.5
         assert as_pixels(first).std() > 2  # not one colour
 
     def test_the_tile_changes_no_bit(self, brush: Brush, slide: Slide) -> None:
         canvas = Grid(0.5, 304, 304, 70, 90)
-        whole, tiled = (paint(brush, slide, quick(tile=tile), canvas) for tile in (768, 128))
+        whole, tiled = (paint_on(brush, slide, quick(tile=tile), canvas) for tile in (768, 128))
         assert torch.equal(whole, tiled)
 
     @pytest.mark.parametrize("mpp", [0.5, 1.0, 2.0])
     @pytest.mark.parametrize("progressive", [True, False])
     def test_at_every_pitch_of_the_ladder(self, brush: Brush, slide: Slide, mpp: float, progressive: bool) -> None:
         canvas = Grid(mpp, 33, 17, 45, 61)
-        state = paint(brush, slide, quick(mpp=mpp, progressive=progressive), canvas)
+        state = paint_on(brush, slide, quick(mpp=mpp, progressive=progressive), canvas)
         assert state.shape == (3, 45, 61)
         assert torch.isfinite(state).all()
 
     def test_at_no_other(self, brush: Brush, slide: Slide) -> None:
         with pytest.raises(UsageError, match=r"paints at 0\.5, 1, 2, 4, 8 µm per pixel, not at 0\.7"):
-            paint(brush, slide, Painting(mpp=0.7), Grid(0.7, 0, 0, 32, 32))
+            paint_on(brush, slide, Painting(mpp=0.7), Grid(0.7, 0, 0, 32, 32))
 
     def test_without_any_tissue(self, brush: Brush, slide: Slide) -> None:
         canvas = Grid(0.5, 0, 0, 64, 64)
         maps = embed_region(slide, canvas, encoder=ENCODER, pitches=brush.pitches)
         assert not maps[0.5].present.any()
-        assert torch.isfinite(paint_canvas(brush, maps, canvas, quick())).all()
+        assert np.isfinite(np.asarray(paint_canvas(brush, maps, canvas, quick()))).all()
 
     def test_progress_counts_every_pixel_of_every_step(self, brush: Brush, slide: Slide) -> None:
         canvas, told = Grid(0.5, 304, 304, 40, 40), []
@@ -367,12 +366,12 @@ class TestRefused:
         assert not (tmp_path / "x").exists()
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing(tissue_slide: Path, brush: Brush, tmp_path: Path) -> None:
-    """At every stage that is told of; what stood there before stands there still."""
+def test_ctrl_c_in_the_middle_leaves_what_was_there(tissue_slide: Path, brush: Brush, tmp_path: Path) -> None:
+    """At every stage that is told of; beside it only what the same command goes on from."""
     target = tmp_path / "x"
     synthesize_slide(tissue_slide, target, quick(size=32), brush=brush, encoder=ENCODER)
     before = hashes(target)
-    for stage in ("embedding the reference", "painting"):
+    for stage, left in (("embedding the reference", ["x"]), ("painting", [".wsi-brush-work-x", "x"])):
 
         def interrupt(what: str, done: int, total: int, stage: str = stage) -> None:
             if what == stage:
@@ -383,8 +382,123 @@ def test_ctrl_c_in_the_middle_leaves_nothing(tissue_slide: Path, brush: Brush, t
                 tissue_slide, target, quick(size=32, seed=1), brush=brush, encoder=ENCODER,
                 overwrite=True, tell=interrupt,
             )  # fmt: skip
-        assert [path.name for path in tmp_path.iterdir()] == ["x"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
         assert hashes(target) == before
+
+
+class TestGoingOn:
+    """A killed run, and the same command again."""
+
+    PAINTING = quick(region=(300, 280, 70, 90), seed=5)
+
+    def make(self, slide: Path, target: Path, brush: Brush, **options: Any) -> None:
+        painting = options.pop("painting", self.PAINTING)
+        synthesize_slide(slide, target, painting, brush=brush, encoder=ENCODER, **options)
+
+    def interrupted(self, slide: Path, target: Path, brush: Brush, calls: int, **options: Any) -> None:
+        heard = 0
+
+        def interrupt(what: str, done: int, total: int) -> None:
+            nonlocal heard
+            heard += what == "painting"
+            if heard == calls:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            self.make(slide, target, brush, tell=interrupt, **options)
+
+    @pytest.mark.parametrize("memory", [2 * 10**9, 0], ids=["in memory", "on disk"])
+    @pytest.mark.parametrize("solver", ["2m", "heun", "ancestral"])
+    def test_it_ends_with_the_same_bytes(
+        self, tissue_slide: Path, brush: Brush, tmp_path: Path, memory: int, solver: Any
+    ) -> None:
+        self.make(tissue_slide, tmp_path / "once", brush, painting=replace(self.PAINTING, solver=solver))
+        painting = replace(self.PAINTING, solver=solver, memory=memory)
+        for calls in (1, 3, 2):
+            self.interrupted(tissue_slide, tmp_path / "again", brush, calls, painting=painting)
+        self.make(tissue_slide, tmp_path / "again", brush, painting=painting)
+        assert hashes(tmp_path / "again") == hashes(tmp_path / "once")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "once"]
+
+    @pytest.mark.parametrize("memory", [2 * 10**9, 0], ids=["in memory", "on disk"])
+    def test_killed_at_twenty_moments(
+        self, tissue_slide: Path, brush: Brush, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+    ) -> None:
+        monkeypatch.setattr(paint, "SAVE_EVERY", 0.0)
+        painting = replace(self.PAINTING, memory=memory)
+        start = time.monotonic()
+        self.make(tissue_slide, tmp_path / "once", brush, painting=painting)
+        longest = time.monotonic() - start
+        random, kills, ended = np.random.default_rng(memory), 0, False
+        for _ in range(200):
+            child = os.fork()
+            if child == 0:
+                with contextlib.suppress(BaseException):
+                    self.make(tissue_slide, tmp_path / "again", brush, painting=painting)
+                    os._exit(0)
+                os._exit(1)
+            time.sleep(random.uniform(0, longest))
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            kills += os.WIFSIGNALED(status)
+            assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+            if (tmp_path / "again").exists():
+                ended = True
+                assert hashes(tmp_path / "again") == hashes(tmp_path / "once")
+                if kills >= 20:
+                    break
+                shutil.rmtree(tmp_path / "again")
+        assert ended
+        assert kills >= 20
+
+    def test_other_parameters_are_refused_with_the_difference(
+        self, tissue_slide: Path, brush: Brush, tmp_path: Path
+    ) -> None:
+        self.interrupted(tissue_slide, tmp_path / "x", brush, 3)
+        other = replace(self.PAINTING, seed=6, steps=7)
+        with pytest.raises(RefusedError, match=r"seed 5 -> 6, steps 5 -> 7.*--overwrite") as found:
+            self.make(tissue_slide, tmp_path / "x", brush, painting=other)
+        assert "\n" not in str(found.value)
+        self.make(tissue_slide, tmp_path / "x", brush, painting=other, overwrite=True)
+        self.make(tissue_slide, tmp_path / "y", brush, painting=other)
+        assert hashes(tmp_path / "x") == hashes(tmp_path / "y")
+
+    @pytest.mark.parametrize("how", ["changed", "cut", "gone"])
+    def test_a_damaged_state_is_refused_in_one_line(
+        self, tissue_slide: Path, brush: Brush, tmp_path: Path, how: str
+    ) -> None:
+        painting = replace(self.PAINTING, memory=0)
+        self.interrupted(tissue_slide, tmp_path / "x", brush, 3, painting=painting)
+        chunk = next(path for path in (tmp_path / ".wsi-brush-work-x").glob("state-*/x/c/**/*") if path.is_file())
+        data = bytearray(chunk.read_bytes())
+        data[100] ^= 1
+        if how == "gone":
+            chunk.unlink()
+        else:
+            chunk.write_bytes(data[:-50] if how == "cut" else data)
+        with pytest.raises(RefusedError, match=r"damaged .*--overwrite") as found:
+            self.make(tissue_slide, tmp_path / "x", brush, painting=painting)
+        assert "\n" not in str(found.value)
+        assert not (tmp_path / "x").exists()
+
+    def test_two_at_once_are_one_too_many(self, tissue_slide: Path, brush: Brush, tmp_path: Path) -> None:
+        target = tmp_path / "x"
+
+        def second(what: str, done: int, total: int) -> None:
+            if what == "painting":
+                with pytest.raises(RefusedError, match="another process is making it"):
+                    self.make(tissue_slide, target, brush)
+
+        self.make(tissue_slide, target, brush, tell=second)
+        assert target.exists()
+
+    def test_a_disk_without_room_is_said_before_the_start(
+        self, tissue_slide: Path, brush: Brush, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(MachineError, match=r"0\.0 GB free, the state needs .* GB"):
+            self.make(tissue_slide, tmp_path / "x", brush, painting=replace(self.PAINTING, memory=0))
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_pixels_round_and_clip() -> None:

@@ -9,6 +9,7 @@ The modules, in the order of the data; a module imports only what stands above i
     errors        what a user can do wrong, as a tree
     machine       what the machine lends: memory, and what was used
     commit        what is written appears whole or not at all
+    scratch       what a painting holds while it is painted, in memory or on disk
     grid          Grid: a rectangle of pixels on the plane, in µm
     slide         Slide, open_slide: a colour at every point
     tissue        Tissue, find_tissue: where there is something to look at
@@ -25,6 +26,7 @@ The modules, in the order of the data; a module imports only what stands above i
     brush         Brush: a trained denoiser and all it needs
     train         verb: pack -> brush
     stream        one denoising step over a canvas of any size, tile by tile
+    paint         all steps of all pitches: a canvas from noise to image
     pyramid       Pyramid: an OME-Zarr slide being written
     synthesize    verb: brush + reference -> pyramid
     cli           the words

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .brush import Brush
     from .embed import SlideReport
     from .encoder import Encoder
+    from .paint import Painting
     from .slide import Slide
-    from .synthesize import Painting
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -144,7 +144,8 @@ def synthesize(
         from .brush import load_brush
         from .encoder import load_encoder
         from .machine import peak_memory
-        from .synthesize import Painting, synthesize_slide
+        from .paint import Painting
+        from .synthesize import synthesize_slide
 
         painting = Painting(4096 if size is None else size, place, mpp, seed, steps, guidance)
         _prepare(threads)
@@ -278,7 +279,7 @@ def _say(line: str) -> None:
 
 def _interrupted() -> NoReturn:
     """Leave at once: threads of zarr and torch may still be at work, and would complain on their way out."""
-    _say("interrupted; nothing unfinished was left, run the same command again")
+    _say("interrupted; run the same command again, it goes on from what is done")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(130)
@@ -342,7 +343,8 @@ def _plan_embedding(
 
 def _plan_painting(brush: Brush, slide: Slide, out: Path, painting: Painting) -> dict[str, Any]:
     """Where would be painted, and what it would need: as measured with the bundled brush, 512 to 4096 pixels a side."""
-    from .synthesize import choose_canvas, estimate_seconds
+    from .paint import estimate_seconds
+    from .synthesize import choose_canvas
     from .tissue import find_tissue
 
     brush.ladder.starting_at(painting.mpp)  # before the slide is searched for tissue

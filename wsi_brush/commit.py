@@ -116,8 +116,7 @@ def staged(target: Path, *, kind: str, about: dict[str, Any], overwrite: bool = 
         stage.mkdir()
         yield stage
         files = {_name(path, stage): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in _files(stage)}
-        for path in sorted(stage.rglob("*")):
-            _sync(path)
+        sync_tree(stage)
         manifest = {"kind": kind, **about}
         write_json(stage / MANIFEST, {**manifest, "seal": _seal(manifest, files), "files": files})
         _sync(stage)
@@ -145,6 +144,13 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have the disk hold everything in a folder before anything says that it is finished."""
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    _sync(folder)
 
 
 def sweep(target: Path) -> None:

@@ -15,7 +15,9 @@ each; here global tokens made by the layout take its place (`reference` order: s
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,6 @@ from .operators import (
     SelfAttention,
     interpolate,
     interpolate_at,
-    nodes,
     positional,
     splat,
     splat_at,
@@ -119,6 +120,26 @@ class Setting:
         )
 
 
+class TokenParts(NamedTuple):
+    """A softmax mean over some of the nodes, before it is divided.
+
+    top: (n, tokens) highest score; mass: (n, tokens) sum of exp(score - top); total: (n, tokens, c) of it times u.
+    """
+
+    top: Tensor
+    mass: Tensor
+    total: Tensor
+
+    @staticmethod
+    def joined(parts: Sequence[TokenParts]) -> Tensor:
+        """The mean over all nodes, (n, tokens, c), added in the order given."""
+        top = torch.stack([part.top for part in parts]).amax(0)
+        scales = [(part.top - top).exp().double() for part in parts]
+        mass = sum(part.mass * scale for part, scale in zip(parts, scales, strict=True))
+        total = sum(part.total * scale[..., None] for part, scale in zip(parts, scales, strict=True))
+        return (torch.as_tensor(total) / torch.as_tensor(mass)[..., None]).float()
+
+
 class Denoiser(nn.Module):
     """F(c_in A x, σ, pitch, condition): what `diffusion.Precondition` turns into an estimate of the image."""
 
@@ -175,6 +196,10 @@ class Denoiser(nn.Module):
             setting.memory.append((table + self.place(place)).flatten(1, 2))
         return setting
 
+    def at(self, setting: Setting, sigma: Tensor) -> Setting:
+        """The same setting at other noise levels (n,)."""
+        return replace(setting, signal=self.signal(_signal(sigma, setting.mpp)))
+
     # -- sweep A -------------------------------------------------------------------------------------------
 
     def sketch(self, x: Tensor, setting: Setting) -> Tensor:
@@ -206,34 +231,66 @@ class Denoiser(nn.Module):
     def layout(self, total: Tensor, mass: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
         """Node sums (n, r, c, channels) and their mass (n, r, c, 1) -> grid features and the paint's token memory.
 
-        Returns (n, r, c, 4 width) and global tokens (n, tokens, 4 width).
+        Returns (n, r, c, 4 width) and global tokens (n, tokens, 4 width). In one piece, as in training; a canvas does
+        the same in strips of rows, by the four methods that this one calls.
         """
-        rows, columns = total.shape[1:3]
-        at_rows = torch.arange(rows, device=total.device) * float(NODE)
-        at_columns = torch.arange(columns, device=total.device) * float(NODE)
-        u = self.layout_in(total / mass.clamp_min(1e-6)) + self._read(setting, at_rows, at_columns)
-        place = self._places(setting, at_rows, at_columns)
-        memory = self.layout_cross.remember(setting.memory)
+        u, place = self.layout_near(total, mass, setting)
         weights = mass[..., 0] / mass.amax(dim=(1, 2, 3))[:, None, None].clamp_min(1e-6)
-        for depth, block in enumerate(self.layout_blocks):
+        sums = self.layout_self.part(u, place, weights).float()
+        u = self.layout_far(u, place, sums, self.layout_cross.remember(setting.memory), setting)
+        return u, TokenParts.joined([self.token_parts(u)])
+
+    @property
+    def layout_halo(self) -> tuple[int, int]:
+        """Rows of nodes around a strip that decide what `layout_near` and `layout_far` say inside it."""
+        near = max(len(self.layout_blocks) // 2, 1)
+        return near, len(self.layout_blocks) - near
+
+    def layout_near(self, total: Tensor, mass: Tensor, setting: Setting, *, row: int = 0) -> tuple[Tensor, Tensor]:
+        """What nodes know of their neighbours: rows from `row` on of the sums and mass -> features and places."""
+        at_rows = (row + torch.arange(total.shape[1], device=total.device)) * float(NODE)
+        at_columns = torch.arange(total.shape[2], device=total.device) * float(NODE)
+        u = self.layout_in(total / mass.clamp_min(1e-6)) + self._read(setting, at_rows, at_columns)
+        for block in self.layout_blocks[: self.layout_halo[0]]:
             u = block(u, setting.signal)
-            if depth == max(len(self.layout_blocks) // 2, 1) - 1:
-                u = self.layout_self(u, place, weights)
-                u = self.layout_cross(u, place, memory)
-        score = self.token_score(functional.layer_norm(u, u.shape[-1:])).flatten(1, 2).softmax(1)
-        return u, torch.einsum("npt,npc->ntc", score, u.flatten(1, 2))
+        return u, self._places(setting, at_rows, at_columns)
+
+    def layout_far(self, u: Tensor, place: Tensor, sums: Tensor, memory: list[Tensor], setting: Setting) -> Tensor:
+        """And of all others: `sums` over all nodes, `memory` of the condition."""
+        u = self.layout_self(u, place, sums)
+        u = self.layout_cross(u, place, memory)
+        for block in self.layout_blocks[self.layout_halo[0] :]:
+            u = block(u, setting.signal)
+        return u
+
+    def token_parts(self, u: Tensor) -> TokenParts:
+        """What some of the nodes add to the global tokens: means under a softmax over all nodes."""
+        score = self.token_score(functional.layer_norm(u, u.shape[-1:])).flatten(1, 2)
+        top = score.detach().amax(1)
+        share = (score - top[:, None]).exp()
+        return TokenParts(top, share.sum(1), torch.einsum("npt,npc->ntc", share, u.flatten(1, 2)))
 
     # -- sweep B -------------------------------------------------------------------------------------------
 
     def memory(self, tokens: Tensor, setting: Setting) -> list[Tensor]:
         """The four sets of the paint's cross-attention, summed: embeddings of every pitch, and the layout's tokens."""
-        return self.cross8.remember([*setting.memory, tokens])
+        return [*self.condition_memory(setting), self.token_memory(tokens)]
+
+    def condition_memory(self, setting: Setting) -> list[Tensor]:
+        """The sets that do not change with the noise level."""
+        return [remember(t) for remember, t in zip(list(self.cross8.sets)[:-1], setting.memory, strict=True)]
+
+    def token_memory(self, tokens: Tensor) -> Tensor:
+        """The set that does."""
+        found: Tensor = self.cross8.sets[-1](tokens)
+        return found
 
     def paint(
-        self, x: Tensor, setting: Setting, grid: Tensor, memory: list[Tensor], *, corner: tuple[Tensor, Tensor]
-    ) -> Tensor:
+        self, x: Tensor, setting: Setting, grid: Tensor, memory: list[Tensor], *, corner: tuple[Tensor, Tensor],
+        node: tuple[int, int] = (0, 0),
+    ) -> Tensor:  # fmt: skip
         """F at a window (n, 3, h, w), h and w multiples of CELL, whose corner lies at pixel `corner` = rows (n,),
-        columns (n,) of its scene, multiples of CELL."""
+        columns (n,) of its scene, multiples of CELL; `node` is the first row and column of nodes in `grid`."""
         u = mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous()
         rows = (torch.arange(x.shape[2] // CELL, device=x.device) + 0.5) * CELL
         columns = (torch.arange(x.shape[3] // CELL, device=x.device) + 0.5) * CELL
@@ -242,7 +299,7 @@ class Denoiser(nn.Module):
             at_rows, at_columns = rows + corner[0][scene], columns + corner[1][scene]
             reads.append(self._read_one(setting, at_rows, at_columns, scene))
             places.append(self._places_one(setting, at_rows, at_columns, scene))
-            gathered.append(interpolate(grid[scene], at_rows / NODE, at_columns / NODE))
+            gathered.append(interpolate(grid[scene], at_rows / NODE - node[0], at_columns / NODE - node[1]))
         read, place, layout = torch.stack(reads), self.place(torch.stack(places)), torch.stack(gathered)
         out = self._paint(u, setting, read + self.gather(layout), place, memory)
         return out.permute(0, 3, 1, 2)
@@ -311,9 +368,15 @@ class Denoiser(nn.Module):
 
 
 def node_mass(scenes: int, rows: int, columns: int) -> Tensor:
-    """The quadrature weight of every node of so many blocks, what ones splat: (scenes, rows + 1, columns + 1, 1)."""
+    """The quadrature weight of every node of so many blocks, what ones splat: (scenes, rows + 1, columns + 1, 1).
+
+    Exact: 16 cells inside, half as many along an edge, a quarter in a corner.
+    """
     side = NODE // CELL
-    return nodes(splat(torch.ones(scenes, rows * side, columns * side, 1), side))
+    down, across = torch.full((rows + 1,), float(side)), torch.full((columns + 1,), float(side))
+    for edge in (down, across):
+        edge[[0, -1]] = side / 2
+    return (down[:, None] * across).expand(scenes, -1, -1)[..., None]
 
 
 def _in_cells(lattice: ConditionMap, rows: Tensor, columns: Tensor, scene: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -208,8 +209,12 @@ class TokenSet(nn.Module):
         self.key = nn.Linear(channels, channels)
         self.value = nn.Linear(channels, channels)
 
-    def forward(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
-        """(n, tokens, c), (n, tokens) -> (n, heads, d, d + 1): S beside n."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, tokens, c) -> (n, heads, d, d + 1): S beside n."""
+        return self.part(tokens).float()
+
+    def part(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        """What some of the tokens, (n, tokens, c), with weights (n, tokens), add to S beside n; float64."""
         key = self.key(tokens).unflatten(-1, (self.heads, -1)).softmax(-1)
         value = self.value(tokens).unflatten(-1, (self.heads, -1))
         value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
@@ -230,7 +235,7 @@ def _sum_outer(key: Tensor, value: Tensor) -> Tensor:
         if len(total) % 2:
             total = torch.cat([total, torch.zeros_like(total[:1])])
         total = total[0::2] + total[1::2]
-    return total[0].float()
+    return total[0]
 
 
 class CrossAttention(nn.Module):
@@ -280,12 +285,17 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.attention = CrossAttention(channels, heads=heads, sets=1)
 
-    def forward(self, u: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
-        """(n, rows, columns, c) with quadrature weights (n, rows, columns)."""
+    def part(self, u: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+        """What some of the points, (n, rows, columns, c) with quadrature weights (n, rows, columns), add to the sums.
+
+        Float64, to be added up over all points in a fixed order and then made float32 for `forward`.
+        """
         tokens = (functional.layer_norm(u, u.shape[-1:]) + place).flatten(1, 2)
-        (own,) = self.attention.sets
-        memory = own(tokens, None if weights is None else weights.flatten(1))
-        attended: Tensor = self.attention(u, place, [memory])
+        return cast(TokenSet, self.attention.sets[0]).part(tokens, weights.flatten(1))
+
+    def forward(self, u: Tensor, place: Tensor, sums: Tensor) -> Tensor:
+        """Any of the points, (n, rows, columns, c), given the sums over all of them."""
+        attended: Tensor = self.attention(u, place, [sums])
         return attended
 
 

@@ -1,31 +1,41 @@
-"""One denoising step over a canvas of any size, tile by tile.
+"""One denoising step over a canvas of any size, tile by tile, exactly.
 
-    sweep A   every tile: sketch -> its own blocks of the splat
-    barrier   the blocks are added to nodes; the layout sees the whole canvas at 1/1024 of its points
-    sweep B   every tile, with a halo of the operator's reach: paint -> the image
-
-Tiles share nothing but the nodes' sums, whose order of addition is that of the canvas, so the result is the same bits
-for every tile size and number of threads. In this version the state of the canvas is in memory.
+Sweep A sketches every tile onto the nodes of the grid level; the grid level goes over its nodes in strips of rows, once
+for the sums of its self-attention and once for features and global tokens; sweep B paints every tile. What is kept
+between them is one vector for every 32 x 32 pixels. Windows are grown by the operator's reach and cut at the canvas, so
+that a pixel is computed from the same numbers in the same order whatever the tile: results are the same bits for every
+tile size, order and number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .brush import Brush
-from .denoiser import NODE, ConditionMap, Setting, node_mass
+from .denoiser import NODE, ConditionMap, TokenParts, node_mass
 from .diffusion import coefficients
+from .errors import RefusedError
 from .grid import Grid
 from .operators import nodes
+from .scratch import Plane, new_plane
 from .store import EmbeddingMap
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 TILE = 768
 """Side of a tile, pixels; a multiple of NODE."""
-_ALONE = 128 * 128  # pixels up to which a window is painted by one thread
+STRIP = 32  # rows of nodes that the grid level takes at once
 
 
 class CanvasDenoiser:
@@ -33,94 +43,220 @@ class CanvasDenoiser:
 
     canvas: the place to be painted, at the finest pitch; mpp: the pitch of x; h and w are multiples of NODE.
     With `guidance` g other than 1 the operator is asked with and without the condition, and the difference is
-    stretched g times (classifier-free guidance, Ho and Salimans 2022). `tell` is called with the pixels of each tile.
+    stretched g times (classifier-free guidance, Ho and Salimans 2022). `folder`: where the grid level is kept, else in
+    memory. `tell` is called with the pixels of each tile.
     """
 
     def __init__(
         self, brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, *, mpp: float, guidance: float = 1.5,
-        tile: int = TILE, tell: Callable[[int], None] | None = None,
+        tile: int = TILE, folder: Path | None = None, tell: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
         if tile < NODE or tile % NODE:
             raise ValueError(f"tiles are multiples of {NODE} pixels, not {tile}")
-        self._net, self._guidance, self._tile, self._tell = brush.denoiser, guidance, tile, tell
-        self._mpp = mpp
-        self._known = torch.ones(1) if guidance == 1 else torch.tensor([1.0, 0.0])
-        self._maps = [_repeated(lattice, len(self._known)) for lattice in brush.condition(maps, canvas, mpp)]
+        self._guidance, self._tile, self._tell = guidance, tile, tell
+        condition = brush.condition(maps, canvas, mpp)
+        known = (True,) if guidance == 1 else (True, False)
+        self._asked = [
+            _Asked(brush, condition, mpp, known=k, tile=tile, folder=folder and folder / f"grid-{k}") for k in known
+        ]
+        self._sigma = 0.0
 
-    @torch.inference_mode()
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """The image in the state x, whose noise is `sigma`.
+    def prepare(self, x: Plane, sigma: float) -> None:
+        """Sweep A and the grid level, for the state x, whose noise is `sigma`; then `image` may be asked.
 
         Raises:
             ValueError: if x does not consist of whole blocks.
         """
         if x.shape[1] % NODE or x.shape[2] % NODE:
             raise ValueError(f"a state of {x.shape[1]} x {x.shape[2]} pixels; sides are multiples of {NODE}")
-        canvas = Grid(self._mpp, 0, 0, x.shape[1], x.shape[2])
-        skip, out, into = (value.item() for value in coefficients(torch.tensor(sigma)))
-        setting = self._setting(sigma)
-        blocks = self._sketch(x, canvas, into, setting)
-        with _threads_for(0):  # a few rows each: see there
-            grid, tokens = self._net.layout(nodes(blocks), node_mass(*blocks.shape[:3]), setting)
-            memory = self._net.memory(tokens, setting)
-        image = torch.empty_like(x)
-        for tile, window in self._tiles(canvas, self._net.config.halo):
-            said = self._paint(x, window, into, setting, grid, memory)
-            (rows, columns), (here, there) = tile.within(canvas), tile.within(window)
-            image[:, rows, columns] = skip * x[:, rows, columns] + out * said[:, here, there]
+        self._sigma = sigma
+        for asked in self._asked:
+            asked.prepare(x, sigma)
+
+    def image(self, x: Plane, tile: Grid) -> Tensor:
+        """Sweep B at one tile, counted from the canvas's corner: (3, h, w)."""
+        said = [asked.paint(x, tile) for asked in self._asked]
+        skip, out, _ = (value.item() for value in coefficients(torch.tensor(self._sigma)))
+        velocity = said[0] if len(said) == 1 else torch.lerp(said[1], said[0], self._guidance)
+        return skip * read_plane(x, tile) + out * velocity
+
+    def tiles(self, x: Plane) -> Iterator[Grid]:
+        """The tiles of a canvas of x's size."""
+        yield from _canvas(x).tiles(self._tile)
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """The whole image in a state that is in memory."""
+        plane, image = x.numpy(), torch.empty_like(x)
+        self.prepare(plane, sigma)
+        for tile, found in side_by_side(partial(self.image, plane), self.tiles(plane)):
+            rows, columns = tile.within(_canvas(plane))
+            image[:, rows, columns] = found
             if self._tell is not None:
                 self._tell(tile.height * tile.width)
         return image
 
-    def _setting(self, sigma: float) -> Setting:
-        asked = len(self._known)
-        origin = torch.zeros(asked, 2, dtype=torch.float64)
-        with _threads_for(0):
-            return self._net.setting(
-                torch.full((asked,), sigma), self._mpp, self._maps, origin=origin, known=self._known
+
+class _Asked:
+    """The operator asked with the condition, or without it: its settings, and its grid level at this step."""
+
+    def __init__(
+        self, brush: Brush, condition: list[ConditionMap], mpp: float, *, known: bool, tile: int, folder: Path | None
+    ) -> None:
+        self._net, self._tile, self._folder = brush.denoiser, tile, folder
+        self._grid: Plane | None = None
+        self._nodes: Plane | None = None
+        with torch.inference_mode(), _alone():
+            origin = torch.zeros(1, 2, dtype=torch.float64)
+            self._setting = self._net.setting(
+                torch.ones(1), mpp, condition, origin=origin, known=torch.tensor([float(known)])
             )
+            self._layout_memory = self._net.layout_cross.remember(self._setting.memory)
+            self._paint_memory = self._net.condition_memory(self._setting)
+        self._memory: list[Tensor] = []
 
-    def _sketch(self, x: Tensor, canvas: Grid, into: float, setting: Setting) -> Tensor:
-        """Sweep A: every tile's blocks of the splat, (asked, h / NODE, w / NODE, 4, channels)."""
+    @torch.inference_mode()
+    def prepare(self, x: Plane, sigma: float) -> None:
+        self._into = coefficients(torch.tensor(sigma))[2].item()
+        with _alone():
+            self._setting = self._net.at(self._setting, torch.full((1,), sigma))
+        self._sketch(x)
+        with _alone():
+            self._layout()
+
+    def _sketch(self, x: Plane) -> None:
+        """Every tile's nodes, complete: from the blocks around each."""
+        canvas, width = _canvas(x), self._net.config.width
+        size = canvas.height // NODE + 1, canvas.width // NODE + 1
+        if self._nodes is None:
+            self._nodes = new_plane((*size, 2 * width), self._folder, "nodes", axes=(0, 1))
+            self._grid = new_plane((*size, 4 * width), self._folder, "features", axes=(0, 1))
         halo = -(-self._net.config.halo // NODE) * NODE  # windows of whole blocks
-        size = canvas.height // NODE, canvas.width // NODE
-        blocks = torch.empty(len(self._known), *size, 4, 2 * self._net.config.width)
-        for tile, window in self._tiles(canvas, halo):
-            with _threads_for(window.height * window.width):
-                found = self._net.sketch(self._cut(x, window) * into, setting)
-            blocks[:, *_in_blocks(tile.within(canvas))] = found[:, *_in_blocks(tile.within(window))]
-        return blocks
 
-    def _paint(
-        self, x: Tensor, window: Grid, into: float, setting: Setting, grid: Tensor, memory: list[Tensor]
-    ) -> Tensor:
-        """Sweep B, one window: (3, h, w)."""
-        corner = tuple(torch.full((len(self._known),), float(edge)) for edge in (window.top, window.left))
-        with _threads_for(window.height * window.width):
-            said = self._net.paint(self._cut(x, window) * into, setting, grid, memory, corner=(corner[0], corner[1]))
-        return said[0] if len(said) == 1 else torch.lerp(said[1], said[0], self._guidance)
+        def work(tile: Grid) -> tuple[slice, slice, Tensor]:
+            around = Grid(tile.mpp, tile.top - NODE, tile.left - NODE, tile.height + NODE, tile.width + NODE)
+            inner = around.clip(canvas)
+            window = inner.pad(halo).clip(canvas)
+            blocks = self._blocks(x, window)[:, *_in_blocks(inner.within(window))]
+            found = nodes(blocks)[0]
+            (top, bottom), (left, right) = (
+                (start // NODE, end // NODE + (end == last))
+                for start, end, last in (
+                    (tile.top, tile.bottom, canvas.bottom), (tile.left, tile.right, canvas.right)
+                )
+            )  # fmt: skip
+            first, second = inner.top // NODE, inner.left // NODE
+            found = found[top - first : bottom - first, left - second : right - second]
+            return slice(top, bottom), slice(left, right), found
 
-    def _tiles(self, canvas: Grid, halo: int) -> Iterator[tuple[Grid, Grid]]:
-        """Every tile, and the window around it that decides what is said in it."""
-        for tile in canvas.tiles(self._tile):
-            yield tile, tile.pad(halo).clip(canvas)
+        for _, (rows, columns, found) in side_by_side(work, canvas.tiles(self._tile)):
+            self._nodes[rows, columns] = found.numpy()
 
-    def _cut(self, x: Tensor, window: Grid) -> Tensor:
-        part = x[None, :, window.top : window.bottom, window.left : window.right]
-        return part.expand(len(self._known), -1, -1, -1)
+    @torch.inference_mode()
+    def _blocks(self, x: Plane, window: Grid) -> Tensor:
+        return self._net.sketch(read_plane(x, window)[None] * self._into, self._setting)
+
+    def _layout(self) -> None:
+        assert self._nodes is not None
+        assert self._grid is not None
+        net, rows, columns = self._net, self._nodes.shape[0], self._nodes.shape[1]
+        near, far = net.layout_halo
+        mass = node_mass(1, rows - 1, columns - 1)
+        weights = mass[..., 0] / mass.max().clamp_min(1e-6)
+        sums = torch.zeros((), dtype=torch.float64)
+        for strip, window in _strips(rows, near):
+            u, place = self._near(mass, window)
+            inside = slice(strip.start - window.start, strip.stop - window.start)
+            sums = sums + net.layout_self.part(u[:, inside], place[:, inside], weights[:, strip])
+        parts = []
+        for strip, window in _strips(rows, near + far):
+            u, place = self._near(mass, window)
+            u = net.layout_far(u, place, sums.float(), self._layout_memory, self._setting)
+            u = u[:, strip.start - window.start : strip.stop - window.start]
+            parts.append(net.token_parts(u))
+            self._grid[strip] = u[0].numpy()
+        self._memory = [*self._paint_memory, net.token_memory(TokenParts.joined(parts))]
+
+    def _near(self, mass: Tensor, window: slice) -> tuple[Tensor, Tensor]:
+        assert self._nodes is not None
+        total = torch.from_numpy(np.ascontiguousarray(self._nodes[window]))[None]
+        return self._net.layout_near(total, mass[:, window], self._setting, row=window.start)
+
+    @torch.inference_mode()
+    def paint(self, x: Plane, tile: Grid) -> Tensor:
+        """What the operator says in a tile, (3, h, w)."""
+        assert self._grid is not None
+        window = tile.pad(self._net.config.halo).clip(_canvas(x))
+        top, left = window.top // NODE, window.left // NODE
+        bottom, right = -(-window.bottom // NODE) + 1, -(-window.right // NODE) + 1
+        grid = torch.from_numpy(np.ascontiguousarray(self._grid[top:bottom, left:right]))[None]
+        corner = (torch.tensor([float(window.top)]), torch.tensor([float(window.left)]))
+        given = read_plane(x, window)[None] * self._into
+        said = self._net.paint(given, self._setting, grid, self._memory, corner=corner, node=(top, left))
+        rows, columns = tile.within(window)
+        return said[0, :, rows, columns]
+
+
+def read_plane(plane: Plane, window: Grid) -> Tensor:
+    """A window, counted from the corner, of a plane (c, rows, columns).
+
+    Raises:
+        RefusedError: if its chunks on disk are damaged.
+    """
+    try:
+        values = plane[:, window.top : window.bottom, window.left : window.right]
+    except ValueError as error:
+        where = getattr(plane, "store_path", "the state")
+        raise RefusedError(f"{where}: damaged ({error}); run again with --overwrite to begin anew") from None
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _canvas(x: Plane) -> Grid:
+    return Grid(1.0, 0, 0, x.shape[1], x.shape[2])
+
+
+def _strips(rows: int, halo: int) -> Iterator[tuple[slice, slice]]:
+    """Strips of rows, and the windows that decide what is said in them."""
+    for top in range(0, rows, STRIP):
+        bottom = min(top + STRIP, rows)
+        yield slice(top, bottom), slice(max(0, top - halo), min(rows, bottom + halo))
+
+
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """`work` on every item, in order, by as many threads as torch has, each alone with its item.
+
+    Two threads with a tile each do 1.6 times the work of two threads inside every operator: they never wait for each
+    other. It also keeps the order of every addition, which a matrix product shared by threads does not.
+    """
+    count = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        if count == 1:
+            yield from ((item, work(item)) for item in items)
+            return
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            waiting: deque[tuple[Item, Future[Result]]] = deque()
+            try:
+                for item in items:
+                    waiting.append((item, pool.submit(work, item)))
+                    if len(waiting) > count + 1:  # no more results than are being written
+                        first, result = waiting.popleft()
+                        yield first, result.result()
+                while waiting:
+                    first, result = waiting.popleft()
+                    yield first, result.result()
+            finally:
+                for _, result in waiting:
+                    result.cancel()
+    finally:
+        torch.set_num_threads(count)
 
 
 @contextmanager
-def _threads_for(pixels: int) -> Iterator[None]:
-    """One thread where there is little to do.
-
-    A matrix product adds in another order where a thread gets fewer than four rows (measured with MKL), so what has
-    few rows is left to one thread: then the bits do not depend on how many there are. It also waits less.
-    """
+def _alone() -> Iterator[None]:
+    """One thread: a matrix product adds in another order where a thread gets fewer than four rows (seen with MKL)."""
     before = torch.get_num_threads()
-    if before > 1 and pixels <= _ALONE:
-        torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(before)
@@ -129,9 +265,3 @@ def _threads_for(pixels: int) -> Iterator[None]:
 def _in_blocks(place: tuple[slice, slice]) -> tuple[slice, slice]:
     rows, columns = (slice(part.start // NODE, part.stop // NODE) for part in place)
     return rows, columns
-
-
-def _repeated(lattice: ConditionMap, count: int) -> ConditionMap:
-    parts = (lattice.values, lattice.present, lattice.corner)
-    values, present, corner = (part.expand(count, *part.shape[1:]) for part in parts)
-    return ConditionMap(values, present, corner, lattice.cell)

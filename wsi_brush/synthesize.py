@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +20,22 @@ from torch import Tensor
 from . import __version__
 from .brush import Brush
 from .commit import check_target, staged
-from .diffusion import Ladder, Solver, finer, moves, solve
-from .embed import COVER, embed_region
+from .embed import COVER, embed_region, slide_fingerprint
 from .encoder import Encoder
 from .errors import MachineError, RefusedError, UsageError
-from .field import NoiseField
 from .grid import Grid
 from .machine import undisturbed
+from .paint import Painting, Tell, paint_canvas, whole
 from .pyramid import SHARD, Pyramid
+from .scratch import working
 from .slide import Slide, open_slide
-from .store import EmbeddingMap
-from .stream import TILE, CanvasDenoiser
+from .stream import read_plane
 from .tissue import PITCH, Tissue, find_tissue, tissue_mask
 
 KIND = "pyramid"
 MARK = "right half: synthetic image, painted by wsi-brush; not for diagnosis"
 """Stands in the comment of every picture of a pair."""
 _BATCH = 128  # tiles compared at once
-
-
-@dataclass(frozen=True)
-class Painting:
-    """What is to be painted, and how.
-
-    `region`: (top, left, height, width) in level-0 pixels of the reference; else the `size` x `size` pixels at
-    `mpp` with the most tissue.
-    """
-
-    size: int = 4096
-    region: tuple[int, int, int, int] | None = None
-    mpp: float = 0.5
-    seed: int = 0
-    steps: int = 20
-    guidance: float = 1.5
-    solver: Solver = "2m"
-    tile: int = TILE
-    progressive: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,10 +51,6 @@ class Painted:
     shape: tuple[int, int]
     seconds: float
     cosine: dict[float, float]
-
-
-Tell = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 # -- where ---------------------------------------------------------------------------------------------
@@ -137,81 +111,6 @@ def _richest(tissue: Tissue, side: float) -> tuple[float, float]:
     return (tissue.grid.top + float(row)) * mpp, (tissue.grid.left + float(column)) * mpp
 
 
-# -- painting ------------------------------------------------------------------------------------------
-
-
-def paint_canvas(
-    brush: Brush, maps: dict[float, EmbeddingMap], canvas: Grid, painting: Painting, *, tell: Tell | None = None
-) -> Tensor:
-    """Paint `canvas` (finest pitch): pixels (3, height, width) in about [-1, 1].
-
-    Raises:
-        UsageError: if the brush does not paint at that pitch.
-    """
-    ladder = brush.ladder.starting_at(canvas.mpp)
-    rungs = ladder.rungs(painting.steps, progressive=painting.progressive)
-    whole = _whole(canvas, ladder)
-    field = NoiseField(painting.seed)
-    done, total = 0, evaluated_pixels(ladder, canvas, painting)
-
-    def count(pixels: int) -> None:
-        nonlocal done
-        done += pixels
-        if tell is not None:
-            tell("painting", done, total)
-
-    state = rungs[0].sigmas[0] * field.read(whole.level(ladder.pitches.index(rungs[0].mpp)))
-    for index, rung in enumerate(rungs):
-        if index:
-            level = ladder.pitches.index(rung.mpp)
-            noise = field.read(whole.level(level), stream=1 + level)
-            state = finer(state, rungs[index - 1].sigmas[-1], ladder.details[level], noise)
-        denoise = CanvasDenoiser(
-            brush, maps, whole, mpp=rung.mpp, guidance=painting.guidance, tile=painting.tile, tell=count
-        )
-        place = whole.level(ladder.pitches.index(rung.mpp))
-        steps = moves(rung.sigmas, painting.solver, stream=1000 * (index + 1))
-        state = solve(denoise, state, steps, noise=partial(_noise, field, place))
-    return state[:, : canvas.height, : canvas.width]
-
-
-def _noise(field: NoiseField, place: Grid, stream: int) -> Tensor:
-    return field.read(place, stream=stream)
-
-
-def evaluated_pixels(ladder: Ladder, canvas: Grid, painting: Painting) -> int:
-    """Pixels that the denoiser is asked about, over all steps of all pitches; `ladder` starts at the canvas's pitch."""
-    rungs = ladder.rungs(painting.steps, progressive=painting.progressive)
-    areas = {rung.mpp: _whole(canvas, ladder).level(ladder.pitches.index(rung.mpp)) for rung in rungs}
-    return sum((len(rung.sigmas) - 1) * areas[rung.mpp].height * areas[rung.mpp].width for rung in rungs)
-
-
-def estimate_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
-    """How long painting will take here, from one evaluation of a small square. About right on an idle machine.
-
-    Raises:
-        UsageError: if the brush does not paint at that pitch.
-    """
-    total = evaluated_pixels(brush.ladder.starting_at(canvas.mpp), canvas, painting)
-    square = Grid(canvas.mpp, 0, 0, 384, 384)
-    maps = {}
-    for mpp in brush.pitches:
-        lattice = square.at(brush.about["tile"] * mpp)
-        values = np.zeros((*lattice.shape, brush.denoiser.config.dim), np.float32)
-        maps[mpp] = EmbeddingMap(mpp, lattice, values)
-    denoise = CanvasDenoiser(brush, maps, square, mpp=canvas.mpp, guidance=painting.guidance)
-    state = torch.zeros(3, *square.shape)
-    denoise(state, 1.0)  # the first one also warms up
-    start = time.perf_counter()
-    denoise(state, 1.0)
-    return (time.perf_counter() - start) * total / (square.height * square.width)
-
-
-def _whole(canvas: Grid, ladder: Ladder) -> Grid:
-    """The canvas grown until every pitch of the ladder sees whole blocks of it."""
-    return canvas.rounded(32 << (len(ladder.pitches) - 1))
-
-
 # -- the verb ------------------------------------------------------------------------------------------
 
 
@@ -245,17 +144,18 @@ def synthesize_slide(
     canvas = choose_canvas(slide, painting, tissue)
     told = None if tell is None else (lambda done, total: tell("embedding the reference", done, total))
     maps = embed_region(
-        slide, _whole(canvas, ladder), encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told
+        slide, whole(canvas, ladder), encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told
     )
-    with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
-        state = paint_canvas(brush, maps, canvas, painting, tell=tell)
-        pyramid = Pyramid(stage, canvas, about=_provenance(slide, canvas, painting, brush, encoder))
-        for part in canvas.tiles(SHARD):
-            rows, columns = part.within(canvas)
+    with working(target, _parameters(slide, canvas, painting, brush, encoder), overwrite=overwrite) as work:
+        state = paint_canvas(brush, maps, canvas, painting, work=work, tell=tell)
+        with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
+            pyramid = Pyramid(stage, canvas, about=_provenance(slide, canvas, painting, brush, encoder))
+            for part in canvas.tiles(SHARD):
+                window = Grid(canvas.mpp, part.top - canvas.top, part.left - canvas.left, *part.shape)
+                with undisturbed():
+                    pyramid.write(part, as_pixels(read_plane(state, window)))
             with undisturbed():
-                pyramid.write(part, as_pixels(state[:, rows, columns]))
-        with undisturbed():
-            pyramid.finish()
+                pyramid.finish()
         del state
     painted = open_slide(target)
     if png is not None:
@@ -273,6 +173,24 @@ def as_pixels(image: Tensor) -> NDArray[np.uint8]:
 def _level0(slide: Slide, canvas: Grid) -> tuple[int, int, int, int]:
     top, left, bottom, right = (round(edge / slide.mpp) for edge in canvas.extent)
     return top, left, bottom - top, right - left
+
+
+def _parameters(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, encoder: Encoder) -> dict[str, Any]:
+    """What decides every pixel: a killed run goes on only with the same."""
+    return {
+        "reference": slide_fingerprint(slide.path),
+        "reference mpp": slide.mpp,
+        "canvas": [canvas.top, canvas.left, canvas.height, canvas.width],
+        "mpp": canvas.mpp,
+        "brush": brush.sha256,
+        "encoder": encoder.fingerprint,
+        "seed": painting.seed,
+        "steps": painting.steps,
+        "guidance": painting.guidance,
+        "solver": painting.solver,
+        "progressive": painting.progressive,
+        "version": __version__,
+    }
 
 
 def _provenance(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, encoder: Encoder) -> dict[str, Any]:

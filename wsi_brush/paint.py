@@ -1,0 +1,253 @@
+"""All steps of all pitches: a canvas from noise to image, in memory or on disk, and on from where it was.
+
+A painting is a list of stages, each a function of the state before it: the noise it starts from, a move of the solver,
+a change to the next finer pitch. So the number of stages that are done and the state after them are all that a run is.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .brush import Brush
+from .diffusion import Ladder, Move, Solver, finer, moves
+from .errors import MachineError
+from .field import NoiseField
+from .grid import Grid
+from .scratch import Plane, Work, new_plane
+from .store import EmbeddingMap
+from .stream import TILE, CanvasDenoiser, read_plane, side_by_side
+
+Tell = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+SAVE_EVERY = 60.0
+"""Seconds between two generations on disk of a state that is in memory."""
+_PIXEL = 12  # bytes of one pixel of a plane
+
+
+@dataclass(frozen=True)
+class Painting:
+    """What is to be painted, and how.
+
+    `region`: (top, left, height, width) in level-0 pixels of the reference; else the `size` x `size` pixels at
+    `mpp` with the most tissue. `memory`: bytes that the state may take in memory; beyond, it is on disk.
+    """
+
+    size: int = 4096
+    region: tuple[int, int, int, int] | None = None
+    mpp: float = 0.5
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 1.5
+    solver: Solver = "2m"
+    tile: int = TILE
+    progressive: bool = True
+    memory: int = 2 * 10**9
+
+
+class Stage(NamedTuple):
+    """One part of a painting: at a pitch (level of the ladder), a move, or without one the entry to the pitch."""
+
+    level: int
+    mpp: float
+    sigma: float  # of the state before it; where it enters the first pitch, of the noise
+    move: Move | None
+
+
+def stages(ladder: Ladder, painting: Painting) -> list[Stage]:
+    """The stages of a painting; `ladder` starts at the canvas's pitch."""
+    found, sigma = [], 0.0
+    for index, rung in enumerate(ladder.rungs(painting.steps, progressive=painting.progressive)):
+        level = ladder.pitches.index(rung.mpp)
+        found.append(Stage(level, rung.mpp, sigma if index else rung.sigmas[0], None))
+        steps = moves(rung.sigmas, painting.solver, stream=1000 * (index + 1))
+        found += [Stage(level, rung.mpp, move.sigma, move) for move in steps]
+        sigma = rung.sigmas[-1]
+    return found
+
+
+def whole(canvas: Grid, ladder: Ladder) -> Grid:
+    """The canvas grown until every pitch of the ladder sees whole blocks of it."""
+    return canvas.rounded(32 << (len(ladder.pitches) - 1))
+
+
+def evaluated_pixels(ladder: Ladder, canvas: Grid, painting: Painting) -> int:
+    """Pixels that the denoiser is asked about, over all stages; `ladder` starts at the canvas's pitch."""
+    area = whole(canvas, ladder)
+    return sum(_pixels(area.level(stage.level)) for stage in stages(ladder, painting) if stage.move)
+
+
+def state_bytes(canvas: Grid, ladder: Ladder) -> int:
+    """What the state takes at most: x and the evaluation before, each old and new, and the grid level."""
+    return round(_pixels(whole(canvas, ladder)) * (4 * _PIXEL + 2.5))
+
+
+def paint_canvas(
+    brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, painting: Painting, *,
+    work: Work | None = None, tell: Tell | None = None,
+) -> Plane:  # fmt: skip
+    """Paint `canvas` (finest pitch): (3, height, width) or a little more, in about [-1, 1].
+
+    With a work folder it goes on from the newest generation there, and the state is on disk where it is more than
+    `painting.memory`; the plane that comes back may then lie there.
+
+    Raises:
+        UsageError: if the brush does not paint at that pitch.
+        MachineError: if the disk has no room for the state.
+        RefusedError: if a generation is damaged.
+    """
+    ladder = brush.ladder.starting_at(canvas.mpp)
+    todo = stages(ladder, painting)
+    area = whole(canvas, ladder)
+    on_disk = work is not None and state_bytes(canvas, ladder) > painting.memory
+    done, planes = (work.newest() if work is not None else None) or (0, {})
+    if work is not None and on_disk:
+        _check_room(work.folder, state_bytes(canvas, ladder))
+    else:
+        planes = {name: read_plane(plane, Grid(1.0, 0, 0, *plane.shape[1:])).numpy() for name, plane in planes.items()}
+    total = evaluated_pixels(ladder, canvas, painting)
+    count = _Count(tell, sum(_pixels(area.level(stage.level)) for stage in todo[:done] if stage.move), total)
+    run = _Run(
+        brush, maps, area, painting, ladder, work.folder / "grid" if work is not None and on_disk else None, count
+    )
+    saved = time.monotonic()
+    try:
+        for number, stage in enumerate(todo[done:], done + 1):
+            following = todo[number].move if number < len(todo) else None
+            keep = following is not None and following.old != 0
+            if work is not None and on_disk:
+                with work.generation(number) as folder:
+                    run.after(stage, planes, folder, keep=keep)
+                planes = (work.newest() or (0, {}))[1]
+                continue
+            planes = run.after(stage, planes, None, keep=keep)
+            done = number
+            if work is not None and time.monotonic() - saved > SAVE_EVERY and number < len(todo):
+                work.save(number, planes)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        if work is not None and not on_disk and planes:
+            work.save(done, planes)
+        raise
+    return planes["x"]
+
+
+class _Run:
+    """What the stages of one painting share."""
+
+    def __init__(
+        self, brush: Brush, maps: Mapping[float, EmbeddingMap], area: Grid, painting: Painting, ladder: Ladder,
+        grid_folder: Path | None, count: _Count,
+    ) -> None:  # fmt: skip
+        self._brush, self._maps, self._area, self._painting, self._ladder = brush, maps, area, painting, ladder
+        self._grid_folder, self._count = grid_folder, count
+        self._field = NoiseField(painting.seed)
+        self._denoise: tuple[int, CanvasDenoiser] | None = None
+
+    def after(self, stage: Stage, planes: Mapping[str, Plane], folder: Path | None, *, keep: bool) -> dict[str, Plane]:
+        """The planes after a stage, new ones, in `folder` or in memory: x, and if it is to be kept the evaluation."""
+        grid = self._area.level(stage.level)
+        names = ("x", "image") if keep else ("x",)
+        found = {name: new_plane((3, *grid.shape), folder, name, axes=(1, 2)) for name in names}
+        corner = Grid(1.0, 0, 0, *grid.shape)  # planes are counted from their corner, in pixels
+        if stage.move is not None:
+            self._denoiser(stage).prepare(planes["x"], stage.sigma)
+
+        def work(tile: Grid) -> tuple[Tensor, Tensor | None]:
+            place = Grid(grid.mpp, grid.top + tile.top, grid.left + tile.left, *tile.shape)
+            if stage.move is None:
+                return self._entered(stage, planes, tile, place), None
+            image = self._denoiser(stage).image(planes["x"], tile)
+            before = read_plane(planes["image"], tile) if stage.move.old else None
+            noise = self._field.read(place, stream=stage.move.stream) if stage.move.fresh else None
+            return stage.move.of(read_plane(planes["x"], tile), image, before, noise), image
+
+        for tile, (x, image) in side_by_side(work, corner.tiles(self._painting.tile)):
+            window = (slice(None), *tile.within(corner))
+            found["x"][window] = x.numpy()
+            if keep and image is not None:
+                found["image"][window] = image.numpy()
+            if stage.move is not None:
+                self._count(_pixels(tile))
+        return found
+
+    def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid, place: Grid) -> Tensor:
+        """Noise where nothing is yet, else the coarser state made finer."""
+        if not planes:
+            return stage.sigma * self._field.read(place)
+        coarse = read_plane(planes["x"], tile.level(1))
+        noise = self._field.read(place, stream=1 + stage.level)
+        return finer(coarse, stage.sigma, self._ladder.details[stage.level], noise)
+
+    def _denoiser(self, stage: Stage) -> CanvasDenoiser:
+        if self._denoise is None or self._denoise[0] != stage.level:
+            if self._grid_folder is not None:
+                shutil.rmtree(self._grid_folder, ignore_errors=True)
+            p = self._painting
+            made = CanvasDenoiser(
+                self._brush, self._maps, self._area, mpp=stage.mpp, guidance=p.guidance, tile=p.tile,
+                folder=self._grid_folder,
+            )  # fmt: skip
+            self._denoise = stage.level, made
+        return self._denoise[1]
+
+
+class _Count:
+    """Progress in evaluated pixels."""
+
+    def __init__(self, tell: Tell | None, done: int, total: int) -> None:
+        self._tell, self._done, self._total = tell, done, total
+
+    def __call__(self, pixels: int) -> None:
+        self._done += pixels
+        if self._tell is not None:
+            self._tell("painting", self._done, self._total)
+
+
+def estimate_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
+    """How long painting will take here, from one evaluation of a few tiles. About right on an idle machine.
+
+    Raises:
+        UsageError: if the brush does not paint at that pitch.
+    """
+    total = evaluated_pixels(brush.ladder.starting_at(canvas.mpp), canvas, painting)
+    threads = torch.get_num_threads()
+    square = Grid(canvas.mpp, 0, 0, 384, 384 * threads)
+    maps = {}
+    for mpp in brush.pitches:
+        lattice = square.at(brush.about["tile"] * mpp)
+        values = np.zeros((*lattice.shape, brush.denoiser.config.dim), np.float32)
+        maps[mpp] = EmbeddingMap(mpp, lattice, values)
+    denoise = CanvasDenoiser(brush, maps, square, mpp=canvas.mpp, guidance=painting.guidance, tile=384)
+    state = torch.zeros(3, *square.shape)
+    denoise(state, 1.0)  # the first one also warms up
+    start = time.perf_counter()
+    denoise(state, 1.0)
+    return (time.perf_counter() - start) * total / _pixels(square)
+
+
+def _pixels(grid: Grid) -> int:
+    return grid.height * grid.width
+
+
+def _check_room(folder: Path, need: int) -> None:
+    """Whether the disk holds a state of so many bytes, besides what a run before left there.
+
+    Raises:
+        MachineError: if not.
+    """
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free + there
+    if free < need:
+        raise MachineError(
+            f"{folder.parent}: {free / 1e9:.1f} GB free, the state needs {need / 1e9:.1f} GB; free some space, paint "
+            "less, or give more --max-memory"
+        )

@@ -1,0 +1,179 @@
+"""Scratch: what a painting holds while it is painted, in memory or on disk, and where a killed run goes on.
+
+Beside the target stands a work folder, `.wsi-brush-work-NAME`, held by one process at a time. It has the parameters of
+the run and the newest finished generation of the state, `state-N` after N stages: written beside, flushed, renamed. It
+is removed when the target is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from .commit import sync_tree, write_json
+from .errors import MachineError, RefusedError
+
+WORK = ".wsi-brush-work-"
+CHUNK = 256  # pixels or nodes; tiles are multiples of it, so that no two writers share a chunk
+_STATE, _PARTIAL, _FINISHED = "state-", ".partial", "finished"
+
+
+class Plane(Protocol):
+    """An array that is read and written by windows: NumPy's in memory, zarr's on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, window: Any, /) -> Any: ...
+
+    def __setitem__(self, window: Any, values: Any, /) -> None: ...
+
+
+def new_plane(shape: tuple[int, ...], folder: Path | None, name: str = "plane", *, axes: tuple[int, int]) -> Plane:
+    """Float32 zeros: in memory, or as a zarr array in `folder` with a checksum on every chunk.
+
+    `axes` are those that a window cuts; chunks hold the others whole.
+    """
+    if folder is None:
+        return np.zeros(shape, np.float32)
+    chunks = tuple(min(CHUNK, size) if axis in axes else size for axis, size in enumerate(shape))
+    plane: Plane = zarr.create_array(
+        folder / name, shape=shape, chunks=chunks, dtype="float32", compressors=[Crc32cCodec()],
+        config={"write_empty_chunks": True}, fill_value=0,
+    )  # fmt: skip
+    return plane
+
+
+class Work:
+    """The work folder of one run; see `working`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def newest(self) -> tuple[int, dict[str, Plane]] | None:
+        """Stages that are done and the planes after them, or None at the beginning.
+
+        Raises:
+            RefusedError: if the generation is damaged.
+        """
+        found = sorted(self._generations())
+        if not found:
+            return None
+        number, path = found[-1]
+        try:
+            facts = json.loads((path / "state.json").read_text("utf-8"))
+            there = {p.relative_to(path).as_posix(): p.stat().st_size for p in path.rglob("*") if p.is_file()}
+            there.pop("state.json")
+            if there != facts["files"]:
+                raise ValueError("files are missing or cut")
+            return number, {name: zarr.open_array(path / name, mode="r") for name in facts["planes"]}
+        except (OSError, ValueError, KeyError) as error:
+            raise self.damaged(error) from None
+
+    def damaged(self, error: Exception) -> RefusedError:
+        """The line for a generation that cannot be read."""
+        return RefusedError(f"{self.folder}: damaged ({error}); run again with --overwrite to begin anew")
+
+    @contextlib.contextmanager
+    def generation(self, number: int) -> Iterator[Path]:
+        """An empty folder for the planes after `number` stages; when the block ends, it is the newest generation."""
+        path = self.folder / f"{_STATE}{number}"
+        partial = path.with_name(f"{path.name}{_PARTIAL}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        files = {p.relative_to(partial).as_posix(): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
+        planes = sorted({name.split("/")[0] for name in files})
+        write_json(partial / "state.json", {"planes": planes, "files": files})
+        sync_tree(partial)
+        os.replace(partial, path)
+        for older, folder in self._generations():
+            if older != number:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def save(self, number: int, planes: Mapping[str, Plane]) -> None:
+        """Write planes that are in memory as a generation."""
+        with self.generation(number) as folder:
+            for name, values in planes.items():
+                plane = new_plane(values.shape, folder, name, axes=(1, 2))
+                for top in range(0, values.shape[1], CHUNK):
+                    plane[:, top : top + CHUNK] = values[:, top : top + CHUNK]
+
+    def _generations(self) -> list[tuple[int, Path]]:
+        names = [path for path in self.folder.glob(f"{_STATE}*") if path.name.removeprefix(_STATE).isdigit()]
+        return [(int(path.name.removeprefix(_STATE)), path) for path in names]
+
+
+@contextlib.contextmanager
+def working(target: Path, parameters: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Work]:
+    """The work folder for `target`, ours alone; removed at the end unless an error ends the block.
+
+    Raises:
+        RefusedError: if another process holds it, or it was begun with other parameters and `overwrite` is off.
+        MachineError: if it cannot be made, or the disk is full.
+    """
+    folder = target.parent / f"{WORK}{target.name}"
+    plain = json.loads(json.dumps(dict(parameters)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise MachineError(f"{folder}: cannot be written to ({error.strerror}); choose another output") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise RefusedError(f"{target}: another process is making it; wait for it, or choose another name") from None
+    try:
+        if overwrite or (folder / _FINISHED).exists():
+            _clear(folder)
+        _check(folder / "parameters.json", plain, target)
+        yield Work(folder)
+        (folder / _FINISHED).touch()  # killed from here on, what is left of it is no state to go on from
+        _clear(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(f"{folder}: the disk is full; free some space and run the same command again") from error
+        raise
+    finally:
+        if not any(folder.glob(f"{_STATE}*")):
+            shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
+        os.close(lock)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in ("lock", _FINISHED):
+            path.unlink()
+    (folder / _FINISHED).unlink(missing_ok=True)
+
+
+def _check(path: Path, parameters: dict[str, Any], target: Path) -> None:
+    """Whether the folder was begun with these parameters; they are noted where it is new."""
+    try:
+        before = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    except ValueError:
+        before = None  # killed while it was new: nothing is lost
+    if before is None:
+        write_json(path, parameters)
+        return
+    changed = sorted(name for name in before.keys() | parameters.keys() if before.get(name) != parameters.get(name))
+    if changed:
+        shown = ", ".join(f"{name} {before.get(name)} -> {parameters.get(name)}" for name in changed)
+        raise RefusedError(
+            f"{target}: begun with other parameters ({shown}); run with the old ones to go on, or with --overwrite to "
+            "begin anew"
+        )
