@@ -433,13 +433,14 @@ class TestInterrupted:
 import sys
 import numpy as np
 from pathlib import Path
-from wsi_brush import cli, commit
+from wsi_brush import commit
+from wsi_brush.cli import manners
 from wsi_brush.grid import Grid
 from wsi_brush.machine import undisturbed
 from wsi_brush.pyramid import SHARD, Pyramid
 grid = Grid(0.5, 0, 0, 4096, 2048)
 pixels = np.random.default_rng(0).integers(0, 256, (SHARD, SHARD, 3), dtype=np.uint8)
-with cli._errors(False), commit.staged(Path(sys.argv[1]), kind="pyramid", about={}) as stage:
+with manners.errors(False), commit.staged(Path(sys.argv[1]), kind="pyramid", about={}) as stage:
     pyramid = Pyramid(stage, grid, about={})
     print("writing", flush=True)
     for _ in range(20):

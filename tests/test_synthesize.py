@@ -29,7 +29,7 @@ from wsi_brush.embed import embed_region
 from wsi_brush.encoder import Encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
 from wsi_brush.grid import Grid
-from wsi_brush.paint import Painting, estimate_seconds, evaluated_pixels, paint_canvas
+from wsi_brush.paint import Painting, budget, estimate_seconds, evaluated_pixels, paint_canvas
 from wsi_brush.slide import Slide, open_slide
 from wsi_brush.synthesize import MARK, as_pixels, choose_canvas, compare, synthesize_slide
 from wsi_brush.tissue import Tissue, find_tissue
@@ -42,6 +42,18 @@ CANARY = "Ramona^Testcase"
 def quick(**options: Any) -> Painting:
     """A painting of few steps, asked once each."""
     return Painting(**{"steps": 5, "guidance": 1.0, **options})
+
+
+def little(brush: Brush) -> int:
+    """Memory for tiles of 128 pixels and not for a state."""
+    memory = 1
+    for _ in range(2):
+        try:
+            _, room = budget(quick(tile=128, memory=memory), halo=brush.denoiser.config.halo)
+            return memory - room
+        except UsageError as error:
+            memory = round(1e9 * float(str(error).split("give ")[1].split("GB")[0]))
+    raise AssertionError(memory)
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +401,7 @@ def test_ctrl_c_in_the_middle_leaves_what_was_there(tissue_slide: Path, brush: B
 class TestGoingOn:
     """A killed run, and the same command again."""
 
-    PAINTING = quick(region=(300, 280, 70, 90), seed=5)
+    PAINTING = quick(region=(300, 280, 70, 90), seed=5, tile=128)
 
     def make(self, slide: Path, target: Path, brush: Brush, **options: Any) -> None:
         painting = options.pop("painting", self.PAINTING)
@@ -407,29 +419,29 @@ class TestGoingOn:
         with pytest.raises(KeyboardInterrupt):
             self.make(slide, target, brush, tell=interrupt, **options)
 
-    @pytest.mark.parametrize("memory", [2 * 10**9, 0], ids=["in memory", "on disk"])
+    @pytest.mark.parametrize("on_disk", [False, True], ids=["in memory", "on disk"])
     @pytest.mark.parametrize("solver", ["2m", "heun", "ancestral"])
     def test_it_ends_with_the_same_bytes(
-        self, tissue_slide: Path, brush: Brush, tmp_path: Path, memory: int, solver: Any
+        self, tissue_slide: Path, brush: Brush, tmp_path: Path, on_disk: bool, solver: Any
     ) -> None:
         self.make(tissue_slide, tmp_path / "once", brush, painting=replace(self.PAINTING, solver=solver))
-        painting = replace(self.PAINTING, solver=solver, memory=memory)
+        painting = replace(self.PAINTING, solver=solver, memory=little(brush) if on_disk else 4 * 10**9)
         for calls in (1, 3, 2):
             self.interrupted(tissue_slide, tmp_path / "again", brush, calls, painting=painting)
         self.make(tissue_slide, tmp_path / "again", brush, painting=painting)
         assert hashes(tmp_path / "again") == hashes(tmp_path / "once")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "once"]
 
-    @pytest.mark.parametrize("memory", [2 * 10**9, 0], ids=["in memory", "on disk"])
+    @pytest.mark.parametrize("on_disk", [False, True], ids=["in memory", "on disk"])
     def test_killed_at_twenty_moments(
-        self, tissue_slide: Path, brush: Brush, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+        self, tissue_slide: Path, brush: Brush, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool
     ) -> None:
         monkeypatch.setattr(paint, "SAVE_EVERY", 0.0)
-        painting = replace(self.PAINTING, memory=memory)
+        painting = replace(self.PAINTING, memory=little(brush) if on_disk else 4 * 10**9)
         start = time.monotonic()
         self.make(tissue_slide, tmp_path / "once", brush, painting=painting)
         longest = time.monotonic() - start
-        random, kills, ended = np.random.default_rng(memory), 0, False
+        random, kills, ended = np.random.default_rng(on_disk), 0, False
         for _ in range(200):
             child = os.fork()
             if child == 0:
@@ -467,7 +479,7 @@ class TestGoingOn:
     def test_a_damaged_state_is_refused_in_one_line(
         self, tissue_slide: Path, brush: Brush, tmp_path: Path, how: str
     ) -> None:
-        painting = replace(self.PAINTING, memory=0)
+        painting = replace(self.PAINTING, memory=little(brush))
         self.interrupted(tissue_slide, tmp_path / "x", brush, 3, painting=painting)
         chunk = next(path for path in (tmp_path / ".wsi-brush-work-x").glob("state-*/x/c/**/*") if path.is_file())
         data = bytearray(chunk.read_bytes())
@@ -492,12 +504,17 @@ class TestGoingOn:
         self.make(tissue_slide, target, brush, tell=second)
         assert target.exists()
 
+    def test_too_little_memory_says_how_much_it_takes(self, tissue_slide: Path, brush: Brush, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"--max-memory 0\.5GB is too small for one tile; give \d\.\d+GB or more"):
+            self.make(tissue_slide, tmp_path / "x", brush, painting=replace(self.PAINTING, memory=5 * 10**8))
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_disk_without_room_is_said_before_the_start(
         self, tissue_slide: Path, brush: Brush, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         with pytest.raises(MachineError, match=r"0\.0 GB free, the state needs .* GB"):
-            self.make(tissue_slide, tmp_path / "x", brush, painting=replace(self.PAINTING, memory=0))
+            self.make(tissue_slide, tmp_path / "x", brush, painting=replace(self.PAINTING, memory=little(brush)))
         assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .brush import Brush
 from .diffusion import Ladder, Move, Solver, finer, moves
-from .errors import MachineError
+from .errors import MachineError, UsageError
 from .field import NoiseField
 from .grid import Grid
 from .scratch import Plane, Work, new_plane
@@ -31,6 +31,8 @@ Tell = Callable[[str, int, int], None]
 SAVE_EVERY = 60.0
 """Seconds between two generations on disk of a state that is in memory."""
 _PIXEL = 12  # bytes of one pixel of a plane
+_BASE = 900_000_000  # bytes of a process that has torch, brush, encoder and the slide's libraries loaded
+_WINDOW = 1200  # bytes that the operator takes for a pixel of its window, measured from 512 to 896 pixels a side
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Painting:
     """What is to be painted, and how.
 
     `region`: (top, left, height, width) in level-0 pixels of the reference; else the `size` x `size` pixels at
-    `mpp` with the most tissue. `memory`: bytes that the state may take in memory; beyond, it is on disk.
+    `mpp` with the most tissue. `memory`: bytes that all of it may take; a state that does not fit is on disk.
     """
 
     size: int = 4096
@@ -50,7 +52,7 @@ class Painting:
     solver: Solver = "2m"
     tile: int = TILE
     progressive: bool = True
-    memory: int = 2 * 10**9
+    memory: int = 4 * 10**9
 
 
 class Stage(NamedTuple):
@@ -90,6 +92,23 @@ def state_bytes(canvas: Grid, ladder: Ladder) -> int:
     return round(_pixels(whole(canvas, ladder)) * (4 * _PIXEL + 2.5))
 
 
+def budget(painting: Painting, *, halo: int) -> tuple[int, int]:
+    """Side of the tiles, and bytes that are left for the state, within the memory that the painting may take.
+
+    Raises:
+        UsageError: if it is too little for the smallest tile.
+    """
+    sides = [side for side in (768, 512, 256, 128) if side <= painting.tile] or [painting.tile]
+    needs = [_BASE + torch.get_num_threads() * _WINDOW * (side + 2 * halo) ** 2 for side in sides]
+    for side, need in zip(sides, needs, strict=True):
+        if need <= painting.memory:
+            return side, painting.memory - need
+    raise UsageError(
+        f"--max-memory {painting.memory / 1e9:g}GB is too small for one tile; give {needs[-1] / 1e9 + 0.01:.2f}GB or "
+        "more, or fewer --threads"
+    )
+
+
 def paint_canvas(
     brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, painting: Painting, *,
     work: Work | None = None, tell: Tell | None = None,
@@ -100,14 +119,16 @@ def paint_canvas(
     `painting.memory`; the plane that comes back may then lie there.
 
     Raises:
-        UsageError: if the brush does not paint at that pitch.
+        UsageError: if the brush does not paint at that pitch, or the memory is too little.
         MachineError: if the disk has no room for the state.
         RefusedError: if a generation is damaged.
     """
     ladder = brush.ladder.starting_at(canvas.mpp)
     todo = stages(ladder, painting)
     area = whole(canvas, ladder)
-    on_disk = work is not None and state_bytes(canvas, ladder) > painting.memory
+    tile, room = budget(painting, halo=brush.denoiser.config.halo)
+    painting = replace(painting, tile=tile)
+    on_disk = work is not None and state_bytes(canvas, ladder) > room
     done, planes = (work.newest() if work is not None else None) or (0, {})
     if work is not None and on_disk:
         _check_room(work.folder, state_bytes(canvas, ladder))

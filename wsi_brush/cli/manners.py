@@ -1,0 +1,123 @@
+"""How results, errors, progress and Ctrl-C look."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from ..errors import MachineError, WsiBrushError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from ..embed import SlideReport
+
+
+@contextmanager
+def errors(debug: bool) -> Iterator[None]:
+    """What a user can put right becomes one line and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        interrupted()
+    except (WsiBrushError, OSError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, WsiBrushError):
+            say(str(error))
+            raise typer.Exit(error.exit_code) from None
+        if isinstance(error, OSError):
+            say(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        else:
+            say("out of memory; paint a smaller region, or on a larger machine")
+        raise typer.Exit(MachineError.exit_code) from None
+
+
+def say(line: str) -> None:
+    """One line on stderr, whatever is in it."""
+    typer.echo(f"wsi-brush: {' '.join(line.split())}", err=True)
+
+
+def interrupted() -> NoReturn:
+    """Leave at once: threads of zarr and torch may still be at work, and would complain on their way out."""
+    say("interrupted; run the same command again, it goes on from what is done")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
+
+
+def prepare(threads: int) -> None:
+    import torch
+
+    from ..machine import keep_memory
+
+    keep_memory()
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(plan, indent=1))
+        return
+    for name, value in plan.items():
+        typer.echo(f"{name}: {', '.join(value) or 'none' if isinstance(value, list) else value}")
+
+
+def print_table(reports: list[SlideReport]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("slide", "status", "tiles", "seconds", "µm/px", "from")
+    for one in reports:
+        mpp = "" if one.mpp is None else f"{one.mpp:.4g}"
+        table.add_row(escape(one.path.name), one.status, str(one.tiles), f"{one.seconds:.1f}", mpp, one.mpp_source)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+class Shown:
+    """Progress on stderr: a bar on a terminal, elsewhere a plain line at the start, every ten seconds, at the end."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet, self._what, self._said = quiet, "", 0.0
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Shown:
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        new, self._what = what != self._what, what
+        if self._bar is not None:
+            if new or self._task is None:
+                from rich.markup import escape
+
+                self._task = self._bar.add_task(escape(what), total=total)
+            self._bar.update(self._task, completed=done)
+            return
+        now = time.monotonic()
+        if new or now - self._said > 10 or done >= total:
+            self._said = now
+            typer.echo(f"{what}: {100 * done // max(total, 1)} %", err=True)

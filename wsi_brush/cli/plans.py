@@ -1,0 +1,75 @@
+"""What `--dry-run` says: what would be done, and what it needs."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SlideError
+
+if TYPE_CHECKING:
+    from ..brush import Brush
+    from ..encoder import Encoder
+    from ..paint import Painting
+    from ..slide import Slide
+
+
+def plan_embedding(
+    encoder: Encoder, paths: list[Path], out: Path, assume_mpp: float | None, force_mpp: float | None
+) -> dict[str, Any]:
+    """What would be embedded, and what it would need; slides that cannot be read are named."""
+    import numpy as np
+
+    from ..embed import COVER, PITCHES, find_slides
+    from ..slide import open_slide
+    from ..tissue import find_tissue
+
+    slides, failed, tiles = find_slides(paths), [], 0
+    for path in slides:
+        try:
+            slide = open_slide(path, assume_mpp=assume_mpp, force_mpp=force_mpp)
+            tissue = find_tissue(slide)
+        except SlideError as error:
+            failed.append(str(error))
+        else:
+            covers = [tissue.cover(slide.grid.at(encoder.tile * mpp)) for mpp in PITCHES]
+            tiles += sum(int((cover >= COVER).sum()) for cover in covers)
+    start = time.perf_counter()
+    encoder(np.zeros((64, encoder.tile, encoder.tile, 3), np.uint8))
+    minutes = (time.perf_counter() - start) / 64 * tiles / 60
+    return {
+        "slides": [str(path) for path in slides],
+        "unreadable": failed,
+        "tiles": tiles,
+        "time": f"about {minutes:.1f} minutes, and the reading",
+        "memory": "about 1 GB",
+        "disk": f"about {tiles * encoder.dim * 2 / 1e6:.0f} MB",
+        "output": str(out),
+    }
+
+
+def plan_painting(brush: Brush, slide: Slide, out: Path, painting: Painting) -> dict[str, Any]:
+    """Where would be painted, and what it would need: time from an evaluation of a few tiles on this machine."""
+    from ..paint import budget, estimate_seconds, stages, state_bytes
+    from ..synthesize import choose_canvas
+    from ..tissue import find_tissue
+
+    ladder = brush.ladder.starting_at(painting.mpp)  # before the slide is searched for tissue
+    tile, room = budget(painting, halo=brush.denoiser.config.halo)
+    canvas = choose_canvas(slide, painting, find_tissue(slide))
+    minutes = estimate_seconds(brush, canvas, painting) / 60
+    pixels, state = canvas.height * canvas.width, state_bytes(canvas, ladder)
+    moves = Counter(stage.mpp for stage in stages(ladder, painting) if stage.move)
+    memory = painting.memory - room + (state if state <= room else 0)
+    return {
+        "canvas": f"{canvas.height} x {canvas.width} pixels at {canvas.mpp:g} µm",
+        "corner": f"row {canvas.top}, column {canvas.left} (pixels at {canvas.mpp:g} µm)",
+        "time": f"about {minutes:.1f} minutes of painting",
+        "steps": ", ".join(f"{count} at {mpp:g} µm" for mpp, count in moves.items()),
+        "tiles": f"{tile} x {tile} pixels",
+        "memory": f"at most {memory / 1e9:.1f} GB",
+        "disk": f"at most {(pixels * 4 + state) / 1e6:.0f} MB, of which {pixels * 4 / 1e6:.0f} MB stay",
+        "output": f"{out}{' (exists)' if out.exists() else ''}",
+    }
