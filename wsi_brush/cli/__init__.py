@@ -96,7 +96,8 @@ def synthesize(
     ref: Annotated[Path, typer.Option("--ref", help="The reference slide.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The new slide, an OME-Zarr folder.")],
     region: Annotated[
-        str | None, typer.Option(help="Where, in level-0 pixels of the reference.", metavar="TOP,LEFT,HEIGHT,WIDTH")
+        str | None,
+        typer.Option(help="Where, in level-0 pixels of the reference, or all.", metavar="TOP,LEFT,HEIGHT,WIDTH"),
     ] = None,
     size: Annotated[
         int | None, typer.Option(help="Instead of a region: the SIZE x SIZE pixels with the most tissue. [4096]")
@@ -134,12 +135,15 @@ def synthesize(
             raise UsageError("--region and --size exclude each other; give one")
         if not math.isfinite(guidance):
             raise UsageError(f"--guidance {guidance}: expected a number, such as 2")
-        place, memory = _read_region(region), _read_memory(max_memory)
+        place = _read_region(region) if region is not None and region != "all" else None
+        memory = _read_memory(max_memory)
         from ..slide import open_slide
 
         slide = open_slide(
             ref, assume_mpp=assume_mpp, force_mpp=force_mpp
         )  # what is none is said before torch is loaded
+        if region == "all":
+            place = (0, 0, *slide.grid.shape)
         from ..brush import load_brush
         from ..encoder import load_encoder
         from ..machine import peak_memory
@@ -251,14 +255,12 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _read_region(text: str | None) -> tuple[int, int, int, int] | None:
-    if text is None:
-        return None
+def _read_region(text: str) -> tuple[int, int, int, int]:
     try:
         top, left, height, width = (int(part) for part in text.split(","))
     except ValueError:
         raise UsageError(
-            f"--region {text}: expected four whole numbers TOP,LEFT,HEIGHT,WIDTH in level-0 pixels"
+            f"--region {text}: expected four whole numbers TOP,LEFT,HEIGHT,WIDTH in level-0 pixels, or all"
         ) from None
     return top, left, height, width
 
