@@ -142,11 +142,11 @@ def synthesize_slide(
         _check_picture(png, overwrite=overwrite)
     tissue = find_tissue(slide)
     canvas = choose_canvas(slide, painting, tissue)
-    told = None if tell is None else (lambda done, total: tell("embedding the reference", done, total))
-    maps = embed_region(
-        slide, whole(canvas, ladder), encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told
-    )
     with working(target, _parameters(slide, canvas, painting, brush, encoder), overwrite=overwrite) as work:
+        told = None if tell is None else (lambda done, total: tell("embedding the reference", done, total))
+        maps = embed_region(
+            slide, whole(canvas, ladder), encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told
+        )
         state = paint_canvas(brush, maps, canvas, painting, work=work, tell=tell)
         with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
             pyramid = Pyramid(stage, canvas, about=_provenance(slide, canvas, painting, brush, encoder))
