@@ -103,9 +103,11 @@ class Ladder:
         return (self.entry(level - 1) / 2 if level else self.sigma_min), self.entry(level)
 
     def rungs(self, steps: int, *, progressive: bool = True) -> list[Rung]:
-        """About `steps` evaluations, evenly spaced in log-SNR over the whole range; coarsest pitch first.
+        """Where the solver evaluates, evenly spaced in log-SNR at each pitch; coarsest pitch first.
 
-        Not progressive: the finest pitch does all of it, from the same start.
+        The finest pitch has its part of `steps` over the whole range, the next twice as many as its part, all others four
+        times: there an evaluation costs a quarter, a sixteenth, ..., and layout and nuclei are decided there.
+        Not progressive: the finest pitch does all of it, in `steps` evaluations from the same start.
         """
         top = len(self.pitches) - 1
         if not progressive:
@@ -116,7 +118,7 @@ class Ladder:
         rungs = []
         for level in range(top, -1, -1):
             low, high = spans[level]
-            count = max(1, round(steps * math.log(high / low) / total))
+            count = max(1, round(min(2**level, 4) * steps * math.log(high / low) / total))
             ends = (*_geometric(high, low, count), 0.0) if level == 0 else _geometric(high, low, count + 1)
             rungs.append(Rung(self.pitches[level], ends))
         return rungs

@@ -106,7 +106,9 @@ def synthesize(
     brush: Annotated[str, typer.Option(help="bundled, or the folder of a brush.")] = "bundled",
     encoder: Annotated[str | None, typer.Option(help=f"{_ENCODERS}. [the one that the brush names]")] = None,
     seed: Annotated[int, typer.Option(help="Another seed, another painting.", min=0, max=2**63 - 1)] = 0,
-    steps: Annotated[int, typer.Option(help="Evaluations of the solver.", min=5, max=1000)] = 20,
+    steps: Annotated[
+        int, typer.Option(help="Evaluations over the range of noise; coarse pitches take more.", min=5, max=1000)
+    ] = 20,
     guidance: Annotated[
         float, typer.Option(help="How strongly the embeddings are followed; 1 is half the work.")
     ] = 1.5,
