@@ -105,8 +105,8 @@ class Ladder:
     def rungs(self, steps: int, *, progressive: bool = True) -> list[Rung]:
         """Where the solver evaluates, evenly spaced in log-SNR at each pitch; coarsest pitch first.
 
-        The finest pitch has its part of `steps` over the whole range, the next twice as many as its part, all others four
-        times: there an evaluation costs a quarter, a sixteenth, ..., and layout and nuclei are decided there.
+        The finest pitch has its part of `steps` over the whole range, the next twice as many as its part, all others
+        four times: there an evaluation costs a quarter, a sixteenth, ..., and layout and nuclei are decided there.
         Not progressive: the finest pitch does all of it, in `steps` evaluations from the same start.
         """
         top = len(self.pitches) - 1
