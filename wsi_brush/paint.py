@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .brush import Brush
@@ -53,6 +55,18 @@ class Painting:
     tile: int = TILE
     progressive: bool = True
     memory: int = 4 * 10**9
+
+
+class Hands(Protocol):
+    """Others who do the tiles of a sweep; `number` is that of the stage, counted from 1."""
+
+    def sketch(self, number: int, tiles: Iterable[Grid]) -> Iterable[tuple[Grid, list[NDArray[np.float32]]]]:
+        """Sweep A."""
+        ...
+
+    def paint(self, number: int, tiles: Iterable[Grid], denoiser: CanvasDenoiser | None) -> Iterable[Grid]:
+        """The state after the stage, written into its generation; `denoiser` has its grid level ready for a move."""
+        ...
 
 
 class Stage(NamedTuple):
@@ -111,12 +125,13 @@ def budget(painting: Painting, *, halo: int) -> tuple[int, int]:
 
 def paint_canvas(
     brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, painting: Painting, *,
-    work: Work | None = None, tell: Tell | None = None,
+    work: Work | None = None, hands: Hands | None = None, tell: Tell | None = None,
 ) -> Plane:  # fmt: skip
     """Paint `canvas` (finest pitch): (3, height, width) or a little more, in about [-1, 1].
 
     With a work folder it goes on from the newest generation there, and the state is on disk where it is more than
-    `painting.memory`; the plane that comes back may then lie there.
+    `painting.memory`; the plane that comes back may then lie there. `hands`: a cluster that does the tiles; then it is
+    on disk in any case.
 
     Raises:
         UsageError: if the brush does not paint at that pitch, or the memory is too little.
@@ -128,7 +143,7 @@ def paint_canvas(
     area = whole(canvas, ladder)
     tile, room = budget(painting, halo=brush.denoiser.config.halo)
     painting = replace(painting, tile=tile)
-    on_disk = work is not None and state_bytes(canvas, ladder) > room
+    on_disk = work is not None and (hands is not None or state_bytes(canvas, ladder) > room)
     done, planes = (work.newest() if work is not None else None) or (0, {})
     if work is not None and on_disk:
         _check_room(work.folder, state_bytes(canvas, ladder))
@@ -136,9 +151,8 @@ def paint_canvas(
         planes = {name: read_plane(plane, Grid(1.0, 0, 0, *plane.shape[1:])).numpy() for name, plane in planes.items()}
     total = evaluated_pixels(ladder, canvas, painting)
     count = _Count(tell, sum(_pixels(area.level(stage.level)) for stage in todo[:done] if stage.move), total)
-    run = _Run(
-        brush, maps, area, painting, ladder, work.folder / "grid" if work is not None and on_disk else None, count
-    )
+    run = Run(brush, maps, area, painting, work.folder / "grid" if work is not None and on_disk else None)
+    run.count = count
     saved = time.monotonic()
     try:
         for number, stage in enumerate(todo[done:], done + 1):
@@ -146,7 +160,7 @@ def paint_canvas(
             keep = following is not None and following.old != 0
             if work is not None and on_disk:
                 with work.generation(number) as folder:
-                    run.after(stage, planes, folder, keep=keep)
+                    run.after(stage, planes, folder, keep=keep, number=number, hands=hands)
                 planes = (work.newest() or (0, {}))[1]
                 continue
             planes = run.after(stage, planes, None, keep=keep)
@@ -161,44 +175,58 @@ def paint_canvas(
     return planes["x"]
 
 
-class _Run:
-    """What the stages of one painting share."""
+class Run:
+    """What the stages of one painting share; `area` is the whole canvas, as `whole` gives it.
+
+    `grid_folder`: where the grid level is kept, else in memory; only its `owner` makes it, others read it.
+    """
 
     def __init__(
-        self, brush: Brush, maps: Mapping[float, EmbeddingMap], area: Grid, painting: Painting, ladder: Ladder,
-        grid_folder: Path | None, count: _Count,
+        self, brush: Brush, maps: Mapping[float, EmbeddingMap], area: Grid, painting: Painting,
+        grid_folder: Path | None, *, owner: bool = True,
     ) -> None:  # fmt: skip
-        self._brush, self._maps, self._area, self._painting, self._ladder = brush, maps, area, painting, ladder
-        self._grid_folder, self._count = grid_folder, count
+        self._brush, self._maps, self._area, self._painting = brush, maps, area, painting
+        self._details = brush.ladder.starting_at(area.mpp).details
+        self._grid_folder, self._owner = grid_folder, owner
         self._field = NoiseField(painting.seed)
         self._denoise: tuple[int, CanvasDenoiser] | None = None
+        self.count: Callable[[int], None] = lambda pixels: None
 
-    def after(self, stage: Stage, planes: Mapping[str, Plane], folder: Path | None, *, keep: bool) -> dict[str, Plane]:
+    def after(
+        self, stage: Stage, planes: Mapping[str, Plane], folder: Path | None, *, keep: bool, number: int = 0,
+        hands: Hands | None = None,
+    ) -> dict[str, Plane]:  # fmt: skip
         """The planes after a stage, new ones, in `folder` or in memory: x, and if it is to be kept the evaluation."""
-        grid = self._area.level(stage.level)
+        shape = self._area.level(stage.level).shape
         names = ("x", "image") if keep else ("x",)
-        found = {name: new_plane((3, *grid.shape), folder, name, axes=(1, 2)) for name in names}
-        corner = Grid(1.0, 0, 0, *grid.shape)  # planes are counted from their corner, in pixels
-        if stage.move is not None:
-            self._denoiser(stage).prepare(planes["x"], stage.sigma)
-
-        def work(tile: Grid) -> tuple[Tensor, Tensor | None]:
-            place = Grid(grid.mpp, grid.top + tile.top, grid.left + tile.left, *tile.shape)
-            if stage.move is None:
-                return self._entered(stage, planes, tile, place), None
-            image = self._denoiser(stage).image(planes["x"], tile)
-            before = read_plane(planes["image"], tile) if stage.move.old else None
-            noise = self._field.read(place, stream=stage.move.stream) if stage.move.fresh else None
-            return stage.move.of(read_plane(planes["x"], tile), image, before, noise), image
-
-        for tile, (x, image) in side_by_side(work, corner.tiles(self._painting.tile)):
-            window = (slice(None), *tile.within(corner))
-            found["x"][window] = x.numpy()
-            if keep and image is not None:
-                found["image"][window] = image.numpy()
+        found = {name: new_plane((3, *shape), folder, name, axes=(1, 2)) for name in names}
+        tiles = list(Grid(1.0, 0, 0, *shape).tiles(self._painting.tile))  # counted from the corner, in pixels
+        denoiser = self.denoiser(stage) if stage.move is not None else None
+        if denoiser is not None:
+            denoiser.prepare(planes["x"], stage.sigma, partial(hands.sketch, number) if hands is not None else None)
+        done = hands.paint(number, tiles, denoiser) if hands else self._here(stage, planes, found, tiles)
+        for tile in done:
             if stage.move is not None:
-                self._count(_pixels(tile))
+                self.count(_pixels(tile))
         return found
+
+    def _here(
+        self, stage: Stage, planes: Mapping[str, Plane], found: Mapping[str, Plane], tiles: list[Grid]
+    ) -> Iterator[Grid]:
+        for tile, values in side_by_side(partial(self.tile_after, stage, planes), tiles):
+            write_tile(found, tile, values)
+            yield tile
+
+    def tile_after(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid) -> dict[str, Tensor]:
+        """x and, after a move, the evaluation in a tile after a stage."""
+        grid = self._area.level(stage.level)
+        place = Grid(grid.mpp, grid.top + tile.top, grid.left + tile.left, *tile.shape)
+        if stage.move is None:
+            return {"x": self._entered(stage, planes, tile, place)}
+        image = self.denoiser(stage).image(planes["x"], tile)
+        before = read_plane(planes["image"], tile) if stage.move.old else None
+        noise = self._field.read(place, stream=stage.move.stream) if stage.move.fresh else None
+        return {"x": stage.move.of(read_plane(planes["x"], tile), image, before, noise), "image": image}
 
     def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid, place: Grid) -> Tensor:
         """Noise where nothing is yet, else the coarser state made finer."""
@@ -206,11 +234,12 @@ class _Run:
             return stage.sigma * self._field.read(place)
         coarse = read_plane(planes["x"], tile.level(1))
         noise = self._field.read(place, stream=1 + stage.level)
-        return finer(coarse, stage.sigma, self._ladder.details[stage.level], noise)
+        return finer(coarse, stage.sigma, self._details[stage.level], noise)
 
-    def _denoiser(self, stage: Stage) -> CanvasDenoiser:
+    def denoiser(self, stage: Stage) -> CanvasDenoiser:
+        """The denoiser of the stage's pitch."""
         if self._denoise is None or self._denoise[0] != stage.level:
-            if self._grid_folder is not None:
+            if self._grid_folder is not None and self._owner:
                 shutil.rmtree(self._grid_folder, ignore_errors=True)
             p = self._painting
             made = CanvasDenoiser(
@@ -219,6 +248,12 @@ class _Run:
             )  # fmt: skip
             self._denoise = stage.level, made
         return self._denoise[1]
+
+
+def write_tile(planes: Mapping[str, Plane], tile: Grid, values: Mapping[str, Tensor]) -> None:
+    """Write what is kept of a tile."""
+    for name, plane in planes.items():
+        plane[:, tile.top : tile.bottom, tile.left : tile.right] = values[name].numpy()
 
 
 class _Count:

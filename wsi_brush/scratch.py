@@ -55,6 +55,12 @@ def new_plane(shape: tuple[int, ...], folder: Path | None, name: str = "plane", 
     return plane
 
 
+def open_plane(path: Path, *, write: bool = False) -> Plane:
+    """A plane on disk."""
+    plane: Plane = zarr.open_array(path, mode="r+" if write else "r")
+    return plane
+
+
 class Work:
     """The work folder of one run; see `working`."""
 
@@ -77,7 +83,7 @@ class Work:
             there.pop("state.json")
             if there != facts["files"]:
                 raise ValueError("files are missing or cut")
-            return number, {name: zarr.open_array(path / name, mode="r") for name in facts["planes"]}
+            return number, {name: open_plane(path / name) for name in facts["planes"]}
         except (OSError, ValueError, KeyError) as error:
             raise self.damaged(error) from None
 

@@ -19,6 +19,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .brush import Brush
@@ -27,7 +29,7 @@ from .diffusion import coefficients
 from .errors import RefusedError
 from .grid import Grid
 from .operators import nodes
-from .scratch import Plane, new_plane
+from .scratch import Plane, new_plane, open_plane
 from .store import EmbeddingMap
 
 Item = TypeVar("Item")
@@ -36,6 +38,10 @@ Result = TypeVar("Result")
 TILE = 768
 """Side of a tile, pixels; a multiple of NODE."""
 STRIP = 32  # rows of nodes that the grid level takes at once
+
+
+Sweep = Callable[[Iterable[Grid]], Iterable[tuple[Grid, list[NDArray[np.float32]]]]]
+"""Has tiles sketched, by whatever hands: tiles and their nodes, in any order."""
 
 
 class CanvasDenoiser:
@@ -61,17 +67,44 @@ class CanvasDenoiser:
         ]
         self._sigma = 0.0
 
-    def prepare(self, x: Plane, sigma: float) -> None:
+    def prepare(self, x: Plane, sigma: float, sweep: Sweep | None = None) -> None:
         """Sweep A and the grid level, for the state x, whose noise is `sigma`; then `image` may be asked.
+
+        `sweep` has the tiles sketched elsewhere; by default threads do it here.
 
         Raises:
             ValueError: if x does not consist of whole blocks.
         """
         if x.shape[1] % NODE or x.shape[2] % NODE:
             raise ValueError(f"a state of {x.shape[1]} x {x.shape[2]} pixels; sides are multiples of {NODE}")
+        self.at(sigma)
+        tiles = self.tiles(x)
+        for tile, found in sweep(tiles) if sweep else side_by_side(partial(self.sketch, x), tiles):
+            for asked, nodes_found in zip(self._asked, found, strict=True):
+                asked.keep(x, tile, nodes_found)
+        for asked in self._asked:
+            asked.lay_out()
+
+    def at(self, sigma: float) -> None:
+        """What follows is asked at this noise level."""
         self._sigma = sigma
         for asked in self._asked:
-            asked.prepare(x, sigma)
+            asked.at(sigma)
+
+    def sketch(self, x: Plane, tile: Grid) -> list[NDArray[np.float32]]:
+        """Sweep A at one tile: its nodes (rows, columns, c), as asked with the condition and without."""
+        return [asked.sketch(x, tile) for asked in self._asked]
+
+    def save_memory(self, path: Path) -> None:
+        """What `image` needs besides the features in `folder`, for another process's `load_memory`."""
+        save_file({f"{k}.{i}": t for k, asked in enumerate(self._asked) for i, t in enumerate(asked.memory)}, path)
+
+    def load_memory(self, path: Path) -> None:
+        """The grid level of another process, whose `folder` is the same."""
+        kept = load_file(path)
+        for k, asked in enumerate(self._asked):
+            asked.memory = [kept[f"{k}.{index}"] for index in range(len(kept) // len(self._asked))]
+            asked.open_features()
 
     def image(self, x: Plane, tile: Grid) -> Tensor:
         """Sweep B at one tile, counted from the canvas's corner: (3, h, w)."""
@@ -112,50 +145,48 @@ class _Asked:
             )
             self._layout_memory = self._net.layout_cross.remember(self._setting.memory)
             self._paint_memory = self._net.condition_memory(self._setting)
-        self._memory: list[Tensor] = []
+        self.memory: list[Tensor] = []
 
     @torch.inference_mode()
-    def prepare(self, x: Plane, sigma: float) -> None:
+    def at(self, sigma: float) -> None:
         self._into = coefficients(torch.tensor(sigma))[2].item()
         with _alone():
             self._setting = self._net.at(self._setting, torch.full((1,), sigma))
-        self._sketch(x)
-        with _alone():
-            self._layout()
-
-    def _sketch(self, x: Plane) -> None:
-        """Every tile's nodes, complete: from the blocks around each."""
-        canvas, width = _canvas(x), self._net.config.width
-        size = canvas.height // NODE + 1, canvas.width // NODE + 1
-        if self._nodes is None:
-            self._nodes = new_plane((*size, 2 * width), self._folder, "nodes", axes=(0, 1))
-            self._grid = new_plane((*size, 4 * width), self._folder, "features", axes=(0, 1))
-        halo = -(-self._net.config.halo // NODE) * NODE  # windows of whole blocks
-
-        def work(tile: Grid) -> tuple[slice, slice, Tensor]:
-            around = Grid(tile.mpp, tile.top - NODE, tile.left - NODE, tile.height + NODE, tile.width + NODE)
-            inner = around.clip(canvas)
-            window = inner.pad(halo).clip(canvas)
-            blocks = self._blocks(x, window)[:, *_in_blocks(inner.within(window))]
-            found = nodes(blocks)[0]
-            (top, bottom), (left, right) = (
-                (start // NODE, end // NODE + (end == last))
-                for start, end, last in (
-                    (tile.top, tile.bottom, canvas.bottom), (tile.left, tile.right, canvas.right)
-                )
-            )  # fmt: skip
-            first, second = inner.top // NODE, inner.left // NODE
-            found = found[top - first : bottom - first, left - second : right - second]
-            return slice(top, bottom), slice(left, right), found
-
-        for _, (rows, columns, found) in side_by_side(work, canvas.tiles(self._tile)):
-            self._nodes[rows, columns] = found.numpy()
 
     @torch.inference_mode()
-    def _blocks(self, x: Plane, window: Grid) -> Tensor:
-        return self._net.sketch(read_plane(x, window)[None] * self._into, self._setting)
+    def sketch(self, x: Plane, tile: Grid) -> NDArray[np.float32]:
+        """The tile's nodes, complete: from the blocks around each."""
+        canvas = _canvas(x)
+        halo = -(-self._net.config.halo // NODE) * NODE  # windows of whole blocks
+        around = Grid(tile.mpp, tile.top - NODE, tile.left - NODE, tile.height + NODE, tile.width + NODE)
+        inner = around.clip(canvas)
+        window = inner.pad(halo).clip(canvas)
+        blocks = self._net.sketch(read_plane(x, window)[None] * self._into, self._setting)
+        found = nodes(blocks[:, *_in_blocks(inner.within(window))])[0]
+        rows, columns = _own_nodes(tile, canvas)
+        first, second = inner.top // NODE, inner.left // NODE
+        return found[rows.start - first : rows.stop - first, columns.start - second : columns.stop - second].numpy()
 
-    def _layout(self) -> None:
+    def keep(self, x: Plane, tile: Grid, found: NDArray[np.float32]) -> None:
+        """Note the nodes of a tile."""
+        canvas, width = _canvas(x), self._net.config.width
+        if self._nodes is None:
+            size = canvas.height // NODE + 1, canvas.width // NODE + 1
+            self._nodes = new_plane((*size, 2 * width), self._folder, "nodes", axes=(0, 1))
+            self._grid = new_plane((*size, 4 * width), self._folder, "features", axes=(0, 1))
+        self._nodes[_own_nodes(tile, canvas)] = found
+
+    def open_features(self) -> None:
+        assert self._folder is not None
+        self._grid = open_plane(self._folder / "features")
+
+    @torch.inference_mode()
+    def lay_out(self) -> None:
+        """The grid level, from the nodes of all tiles."""
+        with _alone():
+            self._lay_out()
+
+    def _lay_out(self) -> None:
         assert self._nodes is not None
         assert self._grid is not None
         net, rows, columns = self._net, self._nodes.shape[0], self._nodes.shape[1]
@@ -174,7 +205,7 @@ class _Asked:
             u = u[:, strip.start - window.start : strip.stop - window.start]
             parts.append(net.token_parts(u))
             self._grid[strip] = u[0].numpy()
-        self._memory = [*self._paint_memory, net.token_memory(TokenParts.joined(parts))]
+        self.memory = [*self._paint_memory, net.token_memory(TokenParts.joined(parts))]
 
     def _near(self, mass: Tensor, window: slice) -> tuple[Tensor, Tensor]:
         assert self._nodes is not None
@@ -191,7 +222,7 @@ class _Asked:
         grid = torch.from_numpy(np.ascontiguousarray(self._grid[top:bottom, left:right]))[None]
         corner = (torch.tensor([float(window.top)]), torch.tensor([float(window.left)]))
         given = read_plane(x, window)[None] * self._into
-        said = self._net.paint(given, self._setting, grid, self._memory, corner=corner, node=(top, left))
+        said = self._net.paint(given, self._setting, grid, self.memory, corner=corner, node=(top, left))
         rows, columns = tile.within(window)
         return said[0, :, rows, columns]
 
@@ -260,6 +291,14 @@ def _alone() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _own_nodes(tile: Grid, canvas: Grid) -> tuple[slice, slice]:
+    """The nodes at the upper left corners of a tile's blocks; and those along the canvas's end, where it reaches it."""
+    return (
+        slice(tile.top // NODE, tile.bottom // NODE + (tile.bottom == canvas.bottom)),
+        slice(tile.left // NODE, tile.right // NODE + (tile.right == canvas.right)),
+    )
 
 
 def _in_blocks(place: tuple[slice, slice]) -> tuple[slice, slice]:

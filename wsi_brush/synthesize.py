@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,18 +19,22 @@ from torch import Tensor
 
 from . import __version__
 from .brush import Brush
+from .cluster import Cluster
 from .commit import check_target, staged
 from .embed import COVER, embed_region, slide_fingerprint
 from .encoder import Encoder
 from .errors import MachineError, RefusedError, UsageError
 from .grid import Grid
 from .machine import undisturbed
-from .paint import Painting, Tell, paint_canvas, whole
+from .paint import Painting, Tell, budget, paint_canvas, whole
 from .pyramid import SHARD, Pyramid
 from .scratch import working
 from .slide import Slide, open_slide
 from .stream import read_plane
 from .tissue import PITCH, Tissue, find_tissue, tissue_mask
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 KIND = "pyramid"
 MARK = "right half: synthetic image, painted by wsi-brush; not for diagnosis"
@@ -117,11 +121,12 @@ def _richest(tissue: Tissue, side: float) -> tuple[float, float]:
 def synthesize_slide(
     reference: Path | str, target: Path | str, painting: Painting, *, brush: Brush, encoder: Encoder,
     assume_mpp: float | None = None, force_mpp: float | None = None, overwrite: bool = False, png: Path | None = None,
-    tell: Tell | None = None,
+    client: Client | None = None, tell: Tell | None = None,
 ) -> Painted:  # fmt: skip
-    """Paint a new slide after a reference, as an OME-Zarr pyramid at `target`.
+    """Paint a new slide after a reference, as an OME-Zarr pyramid at `target`; killed, the same call goes on.
 
-    `png`: also write the reference and the painting side by side there.
+    `png`: also write the reference and the painting side by side there. `client`: a Dask cluster that paints the tiles;
+    its workers must see the folder of `target`.
 
     Raises:
         UsageError, SlideError, RefusedError, MachineError: one line each, before the hours of work where possible.
@@ -147,7 +152,12 @@ def synthesize_slide(
         maps = embed_region(
             slide, whole(canvas, ladder), encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told
         )
-        state = paint_canvas(brush, maps, canvas, painting, work=work, tell=tell)
+        hands = None
+        if client is not None:
+            painting = replace(painting, tile=budget(painting, halo=brush.denoiser.config.halo)[0])
+            area = whole(canvas, ladder)
+            hands = Cluster(client, work.folder, brush=brush, maps=maps, area=area, painting=painting)
+        state = paint_canvas(brush, maps, canvas, painting, work=work, hands=hands, tell=tell)
         with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
             pyramid = Pyramid(stage, canvas, about=_provenance(slide, canvas, painting, brush, encoder))
             for part in canvas.tiles(SHARD):

@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -121,6 +122,9 @@ def synthesize(
     max_memory: Annotated[
         str, typer.Option(help="Memory for all of it; a larger canvas is kept on disk.", metavar="SIZE")
     ] = "4GB",
+    scheduler: Annotated[
+        str | None, typer.Option(help="A Dask scheduler whose workers paint the tiles.", metavar="ADDRESS")
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Also write reference and painting side by side.")] = None,
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,
@@ -147,6 +151,7 @@ def synthesize(
         if region == "all":
             place = (0, 0, *slide.grid.shape)
         from ..brush import load_brush
+        from ..cluster import connect
         from ..encoder import load_encoder
         from ..machine import peak_memory
         from ..paint import Painting
@@ -161,10 +166,11 @@ def synthesize(
         if dry_run:
             print_plan(plans.plan_painting(loaded, slide, out, painting), json_)
             return
-        with Shown(quiet) as progress:
+        client = connect(scheduler) if scheduler is not None else None
+        with Shown(quiet) as progress, client or nullcontext():
             painted = synthesize_slide(
                 ref, out, painting, brush=loaded, encoder=load_encoder(encoder or loaded.about["encoder"]),
-                assume_mpp=assume_mpp, force_mpp=force_mpp, overwrite=overwrite, png=png, tell=progress,
+                assume_mpp=assume_mpp, force_mpp=force_mpp, overwrite=overwrite, png=png, client=client, tell=progress,
             )  # fmt: skip
         cosine = {f"{pitch:g}": round(value, 4) for pitch, value in painted.cosine.items() if not math.isnan(value)}
         height, width = painted.shape
