@@ -119,14 +119,6 @@ def test_tiles_on_their_own_would_not_do(brush: Brush) -> None:
     assert not torch.allclose(apart, whole, atol=1e-3)
 
 
-def test_every_pixel_is_told_once(brush: Brush) -> None:
-    told: list[int] = []
-    canvas = Grid(0.5, 0, 0, 224, 96)
-    CanvasDenoiser(brush, maps_on(canvas), canvas, mpp=0.5, tile=64, tell=told.append)(torch.zeros(3, 224, 96), 1.0)
-    assert len(told) == 8
-    assert sum(told) == 224 * 96
-
-
 @pytest.mark.parametrize("tile", [0, 16, 100])
 def test_tiles_are_whole_blocks(brush: Brush, tile: int) -> None:
     with pytest.raises(ValueError, match="multiples of 32"):

@@ -426,7 +426,7 @@ class TestGoingOn:
     ) -> None:
         self.make(tissue_slide, tmp_path / "once", brush, painting=replace(self.PAINTING, solver=solver))
         painting = replace(self.PAINTING, solver=solver, memory=little(brush) if on_disk else 4 * 10**9)
-        for calls in (1, 3, 2):
+        for calls in (1, 1, 3, 2):
             self.interrupted(tissue_slide, tmp_path / "again", brush, calls, painting=painting)
         self.make(tissue_slide, tmp_path / "again", brush, painting=painting)
         assert hashes(tmp_path / "again") == hashes(tmp_path / "once")
@@ -471,9 +471,15 @@ class TestGoingOn:
         with pytest.raises(RefusedError, match=r"seed 5 -> 6, steps 5 -> 7.*--overwrite") as found:
             self.make(tissue_slide, tmp_path / "x", brush, painting=other)
         assert "\n" not in str(found.value)
-        self.make(tissue_slide, tmp_path / "x", brush, painting=other, overwrite=True)
+        self.interrupted(tissue_slide, tmp_path / "x", brush, 4, painting=other, overwrite=True)
+        told: list[int] = []
+        self.make(
+            tissue_slide, tmp_path / "x", brush, painting=other, overwrite=True,
+            tell=lambda what, done, total: told.append(done) if what == "painting" else None,
+        )  # fmt: skip
         self.make(tissue_slide, tmp_path / "y", brush, painting=other)
         assert hashes(tmp_path / "x") == hashes(tmp_path / "y")
+        assert told[0] > told[1] - told[0]  # the same command went on, though it may overwrite
 
     @pytest.mark.parametrize("how", ["changed", "cut", "gone"])
     def test_a_damaged_state_is_refused_in_one_line(
@@ -488,7 +494,7 @@ class TestGoingOn:
             chunk.unlink()
         else:
             chunk.write_bytes(data[:-50] if how == "cut" else data)
-        with pytest.raises(RefusedError, match=r"damaged .*--overwrite") as found:
+        with pytest.raises(RefusedError, match=r"damaged .*remove .* to begin anew") as found:
             self.make(tissue_slide, tmp_path / "x", brush, painting=painting)
         assert "\n" not in str(found.value)
         assert not (tmp_path / "x").exists()

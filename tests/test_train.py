@@ -215,11 +215,11 @@ def test_no_checkpoint_that_is_whole_is_no_new_beginning(work: Path, tmp_path: P
         train_brush(config_of(), tmp_path / "brush", work=work, tell=killed_at(10))
     for path in work.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-9])
-    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    before = {path.name: path.read_bytes() for path in work.iterdir() if path.name != "lock"}
     with pytest.raises(RefusedError) as found:
         train_brush(config_of(), tmp_path / "brush", work=work, tell=lambda line: None)
     one_line(found, "no checkpoint is whole", "--work")
-    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in work.iterdir() if path.name != "lock"} == before
 
 
 def test_shards_are_batches_of_their_own_side_by_side(pack: TrainingPack, tmp_path: Path) -> None:
@@ -258,11 +258,11 @@ def test_another_configuration_is_refused(
     pack: TrainingPack, work: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     _Run(config_of(), pack, work).checkpoint()
-    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    before = {path.name: path.read_bytes() for path in work.iterdir() if path.name != "lock"}
     with pytest.raises(RefusedError) as found:
         train_brush(config_of(**change), tmp_path / "brush", work=work, tell=lambda line: None)
     one_line(found, "another configuration", "--work")
-    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in work.iterdir() if path.name != "lock"} == before
 
 
 def test_a_longer_budget_is_the_same_run(pack: TrainingPack, tmp_path: Path) -> None:
@@ -288,13 +288,13 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_checkpoints(
 ) -> None:
     with pytest.raises(Killed):
         train_brush(config_of(), tmp_path / "brush", work=work, tell=killed_at(10))
-    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    before = {path.name: path.read_bytes() for path in work.iterdir() if path.name != "lock"}
     nan = torch.tensor(math.nan, requires_grad=True)
     monkeypatch.setattr(train, "losses", lambda *given: (nan, torch.zeros(())))
     with pytest.raises(MachineError) as found:
         train_brush(config_of(), tmp_path / "brush", work=work, tell=lambda line: None)
     one_line(found, "step 9", "loss is nan", "rate", "checkpoint")
-    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in work.iterdir() if path.name != "lock"} == before
     assert not (tmp_path / "brush").exists()
 
 
@@ -378,6 +378,9 @@ def test_a_configuration_is_read(tmp_path: Path) -> None:
         ("[data]\nslides = [{path='a'}]\nwindow = 100", ["data", "multiples of 32"]),
         ("[data]\nslides = [{path='a'}]\npoints = 60000", ["data", "60000 points", "expected 0 to 49152"]),
         ("[data]\nslides = [{path='a'}]\n[optimisation]\nshards = 0", ["optimisation.shards", "greater than"]),
+        ("[data]\nslides = [{path='a'}]\n[optimisation]\nwarmup = 0", ["optimisation.warmup", "greater than 0"]),
+        ("[data]\nslides = [{path='a'}]\n[optimisation]\ntolerance = [0.1, 0.1]", ["optimisation", "or 4 of them"]),
+        ("[data]\nslides = [{path='a'}]\n[model]\nheads = 5", ["model", "width 48, heads 5"]),
         ("[data]\nslides = [{path='a'}]\n[card]\nday = 2026-11-25", ["card.day"]),
     ],
 )

@@ -7,6 +7,7 @@ SHA-256 of both.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .commit import read_manifest, sha256_of, staged, write_json
+from .commit import fingerprint, read_manifest, sha256_of, staged, write_json
 from .denoiser import ConditionMap, Denoiser, DenoiserConfig
 from .diffusion import Ladder
 from .errors import RefusedError, UsageError
@@ -43,6 +44,14 @@ class Brush:
     ladder: Ladder
     about: dict[str, Any]
     sha256: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """A short digest of all that decides what it paints: weights, ladder, and what it knows of its embeddings."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.denoiser.state_dict().items()):
+            digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+        return fingerprint({"weights": digest.hexdigest(), "ladder": self.ladder.to_json(), "about": self.about})
 
     @property
     def pitches(self) -> tuple[float, ...]:

@@ -64,8 +64,10 @@ class Hands(Protocol):
         """Sweep A."""
         ...
 
-    def paint(self, number: int, tiles: Iterable[Grid], denoiser: CanvasDenoiser | None) -> Iterable[Grid]:
-        """The state after the stage, written into its generation; `denoiser` has its grid level ready for a move."""
+    def paint(
+        self, number: int, tiles: Iterable[Grid], denoiser: CanvasDenoiser | None, folder: Path
+    ) -> Iterable[Grid]:
+        """The state after the stage, written into `folder`; `denoiser` has its grid level ready for a move."""
         ...
 
 
@@ -163,14 +165,13 @@ def paint_canvas(
                     run.after(stage, planes, folder, keep=keep, number=number, hands=hands)
                 planes = (work.newest() or (0, {}))[1]
                 continue
-            planes = run.after(stage, planes, None, keep=keep)
-            done = number
+            planes, done = run.after(stage, planes, None, keep=keep), number
             if work is not None and time.monotonic() - saved > SAVE_EVERY and number < len(todo):
                 work.save(number, planes)
                 saved = time.monotonic()
     except KeyboardInterrupt:
         if work is not None and not on_disk and planes:
-            work.save(done, planes)
+            work.save(done, planes)  # if there is room; else the same command begins at the last one
         raise
     return planes["x"]
 
@@ -187,6 +188,7 @@ class Run:
     ) -> None:  # fmt: skip
         self._brush, self._maps, self._area, self._painting = brush, maps, area, painting
         self._details = brush.ladder.starting_at(area.mpp).details
+        self._top = max(stage.level for stage in stages(brush.ladder.starting_at(area.mpp), painting))
         self._grid_folder, self._owner = grid_folder, owner
         self._field = NoiseField(painting.seed)
         self._denoise: tuple[int, CanvasDenoiser] | None = None
@@ -204,7 +206,10 @@ class Run:
         denoiser = self.denoiser(stage) if stage.move is not None else None
         if denoiser is not None:
             denoiser.prepare(planes["x"], stage.sigma, partial(hands.sketch, number) if hands is not None else None)
-        done = hands.paint(number, tiles, denoiser) if hands else self._here(stage, planes, found, tiles)
+        if hands is not None and folder is not None:
+            done = hands.paint(number, tiles, denoiser, folder)
+        else:
+            done = self._here(stage, planes, found, tiles)
         for tile in done:
             if stage.move is not None:
                 self.count(_pixels(tile))
@@ -230,7 +235,7 @@ class Run:
 
     def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid, place: Grid) -> Tensor:
         """Noise where nothing is yet, else the coarser state made finer."""
-        if not planes:
+        if stage.level == self._top:
             return stage.sigma * self._field.read(place)
         coarse = read_plane(planes["x"], tile.level(1))
         noise = self._field.read(place, stream=1 + stage.level)
@@ -241,6 +246,7 @@ class Run:
         if self._denoise is None or self._denoise[0] != stage.level:
             if self._grid_folder is not None and self._owner:
                 shutil.rmtree(self._grid_folder, ignore_errors=True)
+            self._denoise = None  # before another is made: each holds the embeddings of the canvas
             p = self._painting
             made = CanvasDenoiser(
                 self._brush, self._maps, self._area, mpp=stage.mpp, guidance=p.guidance, tile=p.tile,
@@ -272,11 +278,12 @@ def estimate_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
     """How long painting will take here, from one evaluation of a few tiles. About right on an idle machine.
 
     Raises:
-        UsageError: if the brush does not paint at that pitch.
+        UsageError: if the brush does not paint at that pitch, or the memory is too little.
     """
-    total = evaluated_pixels(brush.ladder.starting_at(canvas.mpp), canvas, painting)
-    threads = torch.get_num_threads()
-    square = Grid(canvas.mpp, 0, 0, 384, 384 * threads)
+    ladder, halo = brush.ladder.starting_at(canvas.mpp), brush.denoiser.config.halo
+    tile, area = budget(painting, halo=halo)[0], whole(canvas, ladder)
+    total = sum(_window_pixels(area.level(stage.level), tile, halo) for stage in stages(ladder, painting) if stage.move)
+    square = Grid(canvas.mpp, 0, 0, 384, 384 * torch.get_num_threads())
     maps = {}
     for mpp in brush.pitches:
         lattice = square.at(brush.about["tile"] * mpp)
@@ -287,7 +294,12 @@ def estimate_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
     denoise(state, 1.0)  # the first one also warms up
     start = time.perf_counter()
     denoise(state, 1.0)
-    return (time.perf_counter() - start) * total / _pixels(square)
+    return (time.perf_counter() - start) * total / _window_pixels(square, 384, halo)
+
+
+def _window_pixels(area: Grid, tile: int, halo: int) -> int:
+    """Pixels of all windows of a sweep: the tiles with their halos."""
+    return sum(_pixels(part.pad(halo).clip(area)) for part in area.tiles(tile))
 
 
 def _pixels(grid: Grid) -> int:

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from .commit import sync_tree, write_json
 from .errors import MachineError, RefusedError
 
 WORK = ".wsi-brush-work-"
-CHUNK = 256  # pixels or nodes; tiles are multiples of it, so that no two writers share a chunk
+CHUNK = 256  # pixels; workers write tiles that are multiples of it, so no two of them share a chunk
 _STATE, _PARTIAL, _FINISHED = "state-", ".partial", "finished"
 
 
@@ -40,14 +41,16 @@ class Plane(Protocol):
     def __setitem__(self, window: Any, values: Any, /) -> None: ...
 
 
-def new_plane(shape: tuple[int, ...], folder: Path | None, name: str = "plane", *, axes: tuple[int, int]) -> Plane:
+def new_plane(
+    shape: tuple[int, ...], folder: Path | None, name: str = "plane", *, axes: tuple[int, int], chunk: int = CHUNK
+) -> Plane:
     """Float32 zeros: in memory, or as a zarr array in `folder` with a checksum on every chunk.
 
-    `axes` are those that a window cuts; chunks hold the others whole.
+    `axes` are those that a window cuts, into chunks of that side; the others are whole.
     """
     if folder is None:
         return np.zeros(shape, np.float32)
-    chunks = tuple(min(CHUNK, size) if axis in axes else size for axis, size in enumerate(shape))
+    chunks = tuple(min(chunk, size) if axis in axes else size for axis, size in enumerate(shape))
     plane: Plane = zarr.create_array(
         folder / name, shape=shape, chunks=chunks, dtype="float32", compressors=[Crc32cCodec()],
         config={"write_empty_chunks": True}, fill_value=0,
@@ -85,20 +88,25 @@ class Work:
                 raise ValueError("files are missing or cut")
             return number, {name: open_plane(path / name) for name in facts["planes"]}
         except (OSError, ValueError, KeyError) as error:
-            raise self.damaged(error) from None
-
-    def damaged(self, error: Exception) -> RefusedError:
-        """The line for a generation that cannot be read."""
-        return RefusedError(f"{self.folder}: damaged ({error}); run again with --overwrite to begin anew")
+            raise RefusedError(f"{path}: damaged ({error}); remove {self.folder} to begin anew") from None
 
     @contextlib.contextmanager
     def generation(self, number: int) -> Iterator[Path]:
-        """An empty folder for the planes after `number` stages; when the block ends, it is the newest generation."""
+        """An empty folder for the planes after `number` stages; when the block ends, it is the newest generation.
+
+        Raises:
+            MachineError: if a chunk was never written.
+        """
         path = self.folder / f"{_STATE}{number}"
-        partial = path.with_name(f"{path.name}{_PARTIAL}")
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in self.folder.glob(f"{_STATE}*{_PARTIAL}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        partial = path.with_name(f"{path.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")  # a stray writer has another's name
         partial.mkdir()
         yield partial
+        for name in sorted(child.name for child in partial.iterdir()):
+            missing = _missing(partial / name)
+            if missing:
+                raise MachineError(f"{partial / name}: {missing} chunks were never written; run the same command again")
         files = {p.relative_to(partial).as_posix(): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
         planes = sorted({name.split("/")[0] for name in files})
         write_json(partial / "state.json", {"planes": planes, "files": files})
@@ -108,13 +116,21 @@ class Work:
             if older != number:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def save(self, number: int, planes: Mapping[str, Plane]) -> None:
-        """Write planes that are in memory as a generation."""
-        with self.generation(number) as folder:
-            for name, values in planes.items():
-                plane = new_plane(values.shape, folder, name, axes=(1, 2))
-                for top in range(0, values.shape[1], CHUNK):
-                    plane[:, top : top + CHUNK] = values[:, top : top + CHUNK]
+    def save(self, number: int, planes: Mapping[str, Plane]) -> bool:
+        """Write planes that are in memory as a generation, unless it is there; False where the disk has no room."""
+        if (self.folder / f"{_STATE}{number}").exists():
+            return True
+        try:
+            with self.generation(number) as folder:
+                for name, values in planes.items():
+                    plane = new_plane(values.shape, folder, name, axes=(1, 2))
+                    for top in range(0, values.shape[1], CHUNK):
+                        plane[:, top : top + CHUNK] = values[:, top : top + CHUNK]
+        except OSError:
+            for partial in self.folder.glob(f"{_STATE}*{_PARTIAL}*"):
+                shutil.rmtree(partial, ignore_errors=True)
+            return False
+        return True
 
     def _generations(self) -> list[tuple[int, Path]]:
         names = [path for path in self.folder.glob(f"{_STATE}*") if path.name.removeprefix(_STATE).isdigit()]
@@ -125,28 +141,20 @@ class Work:
 def working(target: Path, parameters: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Work]:
     """The work folder for `target`, ours alone; removed at the end unless an error ends the block.
 
+    `overwrite`: what was begun with other parameters is removed; with the same ones it goes on in any case.
+
     Raises:
         RefusedError: if another process holds it, or it was begun with other parameters and `overwrite` is off.
         MachineError: if it cannot be made, or the disk is full.
     """
     folder = target.parent / f"{WORK}{target.name}"
     plain = json.loads(json.dumps(dict(parameters)))
+    lock = hold(folder, target)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise MachineError(f"{folder}: cannot be written to ({error.strerror}); choose another output") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise RefusedError(f"{target}: another process is making it; wait for it, or choose another name") from None
-    try:
-        if overwrite or (folder / _FINISHED).exists():
+        if (folder / _FINISHED).exists():
             _clear(folder)
-        _check(folder / "parameters.json", plain, target)
+        _check(folder, plain, target, overwrite=overwrite)
         yield Work(folder)
-        (folder / _FINISHED).touch()  # killed from here on, what is left of it is no state to go on from
         _clear(folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -158,26 +166,63 @@ def working(target: Path, parameters: Mapping[str, Any], *, overwrite: bool = Fa
         os.close(lock)
 
 
+def hold(folder: Path, what: Path) -> int:
+    """Lock a folder, which is made if need be, for this process: an open file, to be closed when done with it.
+
+    A file system that knows no locks grants every one.
+
+    Raises:
+        RefusedError: if another process has it; it is said to make `what`.
+        MachineError: if the folder cannot be made.
+    """
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise MachineError(f"{folder}: cannot be written to ({error.strerror}); choose another output") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise RefusedError(f"{what}: another process is making it; wait for it, or choose another name") from None
+        except OSError:
+            return lock
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(folder / "lock")):  # noqa: PTH116
+                return lock
+        os.close(lock)  # whoever had it has removed the folder meanwhile
+
+
+def _missing(plane: Path) -> int:
+    """Chunks of a plane on disk that are not there."""
+    array = zarr.open_array(plane, mode="r")
+    return array.nchunks - sum(path.is_file() for path in (plane / "c").rglob("*"))
+
+
 def _clear(folder: Path) -> None:
+    """Empty a folder; killed in the middle, what is left is known to be no state to go on from."""
+    (folder / _FINISHED).touch()
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name not in ("lock", _FINISHED):
             path.unlink()
-    (folder / _FINISHED).unlink(missing_ok=True)
+    (folder / _FINISHED).unlink()
 
 
-def _check(path: Path, parameters: dict[str, Any], target: Path) -> None:
+def _check(folder: Path, parameters: dict[str, Any], target: Path, *, overwrite: bool) -> None:
     """Whether the folder was begun with these parameters; they are noted where it is new."""
+    path = folder / "parameters.json"
     try:
         before = json.loads(path.read_text("utf-8")) if path.is_file() else None
-    except ValueError:
-        before = None  # killed while it was new: nothing is lost
-    if before is None:
+    except ValueError as error:
+        raise RefusedError(f"{path}: damaged ({error}); remove {folder} to begin anew") from None
+    changed = sorted(k for k in (before or {}).keys() | parameters.keys() if (before or {}).get(k) != parameters.get(k))
+    if before is None or (changed and overwrite):
+        _clear(folder)
         write_json(path, parameters)
-        return
-    changed = sorted(name for name in before.keys() | parameters.keys() if before.get(name) != parameters.get(name))
-    if changed:
+    elif changed:
         shown = ", ".join(f"{name} {before.get(name)} -> {parameters.get(name)}" for name in changed)
         raise RefusedError(
             f"{target}: begun with other parameters ({shown}); run with the old ones to go on, or with --overwrite to "

@@ -50,16 +50,16 @@ class CanvasDenoiser:
     canvas: the place to be painted, at the finest pitch; mpp: the pitch of x; h and w are multiples of NODE.
     With `guidance` g other than 1 the operator is asked with and without the condition, and the difference is
     stretched g times (classifier-free guidance, Ho and Salimans 2022). `folder`: where the grid level is kept, else in
-    memory. `tell` is called with the pixels of each tile.
+    memory.
     """
 
     def __init__(
         self, brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, *, mpp: float, guidance: float = 1.5,
-        tile: int = TILE, folder: Path | None = None, tell: Callable[[int], None] | None = None,
+        tile: int = TILE, folder: Path | None = None,
     ) -> None:  # fmt: skip
         if tile < NODE or tile % NODE:
             raise ValueError(f"tiles are multiples of {NODE} pixels, not {tile}")
-        self._guidance, self._tile, self._tell = guidance, tile, tell
+        self._guidance, self._tile = guidance, tile
         condition = brush.condition(maps, canvas, mpp)
         known = (True,) if guidance == 1 else (True, False)
         self._asked = [
@@ -124,8 +124,6 @@ class CanvasDenoiser:
         for tile, found in side_by_side(partial(self.image, plane), self.tiles(plane)):
             rows, columns = tile.within(_canvas(plane))
             image[:, rows, columns] = found
-            if self._tell is not None:
-                self._tell(tile.height * tile.width)
         return image
 
 
@@ -172,8 +170,8 @@ class _Asked:
         canvas, width = _canvas(x), self._net.config.width
         if self._nodes is None:
             size = canvas.height // NODE + 1, canvas.width // NODE + 1
-            self._nodes = new_plane((*size, 2 * width), self._folder, "nodes", axes=(0, 1))
-            self._grid = new_plane((*size, 4 * width), self._folder, "features", axes=(0, 1))
+            self._nodes = new_plane((*size, 2 * width), self._folder, "nodes", axes=(0, 1), chunk=STRIP)
+            self._grid = new_plane((*size, 4 * width), self._folder, "features", axes=(0, 1), chunk=STRIP)
         self._nodes[_own_nodes(tile, canvas)] = found
 
     def open_features(self) -> None:
@@ -209,7 +207,7 @@ class _Asked:
 
     def _near(self, mass: Tensor, window: slice) -> tuple[Tensor, Tensor]:
         assert self._nodes is not None
-        total = torch.from_numpy(np.ascontiguousarray(self._nodes[window]))[None]
+        total = _read(self._nodes, window)[None]
         return self._net.layout_near(total, mass[:, window], self._setting, row=window.start)
 
     @torch.inference_mode()
@@ -219,7 +217,7 @@ class _Asked:
         window = tile.pad(self._net.config.halo).clip(_canvas(x))
         top, left = window.top // NODE, window.left // NODE
         bottom, right = -(-window.bottom // NODE) + 1, -(-window.right // NODE) + 1
-        grid = torch.from_numpy(np.ascontiguousarray(self._grid[top:bottom, left:right]))[None]
+        grid = _read(self._grid, (slice(top, bottom), slice(left, right)))[None]
         corner = (torch.tensor([float(window.top)]), torch.tensor([float(window.left)]))
         given = read_plane(x, window)[None] * self._into
         said = self._net.paint(given, self._setting, grid, self.memory, corner=corner, node=(top, left))
@@ -233,11 +231,15 @@ def read_plane(plane: Plane, window: Grid) -> Tensor:
     Raises:
         RefusedError: if its chunks on disk are damaged.
     """
+    return _read(plane, (slice(None), slice(window.top, window.bottom), slice(window.left, window.right)))
+
+
+def _read(plane: Plane, window: slice | tuple[slice, ...]) -> Tensor:
     try:
-        values = plane[:, window.top : window.bottom, window.left : window.right]
+        values = plane[window]
     except ValueError as error:
         where = getattr(plane, "store_path", "the state")
-        raise RefusedError(f"{where}: damaged ({error}); run again with --overwrite to begin anew") from None
+        raise RefusedError(f"{where}: damaged ({error}); remove the work folder to begin anew") from None
     return torch.from_numpy(np.ascontiguousarray(values))
 
 

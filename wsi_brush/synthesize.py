@@ -192,7 +192,7 @@ def _parameters(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, en
         "reference mpp": slide.mpp,
         "canvas": [canvas.top, canvas.left, canvas.height, canvas.width],
         "mpp": canvas.mpp,
-        "brush": brush.sha256,
+        "brush": brush.fingerprint,
         "encoder": encoder.fingerprint,
         "seed": painting.seed,
         "steps": painting.steps,
@@ -200,6 +200,7 @@ def _parameters(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, en
         "solver": painting.solver,
         "progressive": painting.progressive,
         "version": __version__,
+        "torch": torch.__version__,
     }
 
 

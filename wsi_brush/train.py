@@ -1,4 +1,4 @@
-"""Verb: slides -> brush. Resumable; a step is a pure function of the weights and its number.
+"""Verb: slides -> brush. Resumable; a step is a pure function of the weights, its number and the rate.
 
 The first run decodes and embeds the slides into a training pack in the work folder; the same command again goes on
 from the newest checkpoint that verifies. Two checkpoints are kept, each safetensors and JSON with its SHA-256.
@@ -34,6 +34,7 @@ from .encoder import load_encoder
 from .errors import MachineError, RefusedError, UsageError
 from .objective import losses
 from .optimiser import optimisers
+from .scratch import hold
 from .slide import open_slide
 
 Tell = Callable[[str], None]
@@ -88,18 +89,26 @@ class Model(_Strict):
     tokens: int = 16
     mollifier: float = 0.5
 
+    @model_validator(mode="after")
+    def _divides(self) -> Model:
+        if 4 * self.width % self.heads or self.width % 2:
+            raise ValueError(
+                f"width {self.width}, heads {self.heads}; expected an even width, and heads that divide 4 of it"
+            )
+        return self
+
 
 class Optimisation(_Strict):
     """How it is trained. It ends after `steps`, or `minutes` if they are over first; the rate falls to zero by then."""
 
-    steps: int = 100_000
-    minutes: float = math.inf
-    batch: int = 8  # scenes of a shard
+    steps: int = Field(default=100_000, gt=0)
+    minutes: float = Field(default=math.inf, gt=0)
+    batch: int = Field(default=8, gt=0)  # scenes of a shard
     shards: int = Field(
         default=1, ge=1
     )  # batches a step, each of its own pitch; beyond one, side by side, a thread each
     rate: float = 1.5e-3
-    warmup: int = 200
+    warmup: int = Field(default=200, gt=0)
     decay: float = 0.01
     clip: float = 1.0
     average: float = 0.999
@@ -113,6 +122,13 @@ class Optimisation(_Strict):
     start: str | None = None  # a brush to start from, instead of from nothing: "bundled" or a folder
     threads: int = 0
     checkpoint_minutes: float = 3.0
+
+    @model_validator(mode="after")
+    def _tolerable(self) -> Optimisation:
+        given = self.tolerance if isinstance(self.tolerance, tuple) else (self.tolerance,) * (len(LADDER) - 1)
+        if len(given) != len(LADDER) - 1 or min(given) <= 0:
+            raise ValueError(f"tolerance {self.tolerance}; expected a number above 0, or {len(LADDER) - 1} of them")
+        return self
 
 
 class TrainConfig(_Strict):
@@ -154,6 +170,16 @@ def train_brush(
         UsageError, SlideError, RefusedError, MachineError: one line each.
     """
     check_target(target, kind="brush", overwrite=overwrite)
+    lock = hold(work, target)
+    try:
+        return _trained(config, target, work, slides, overwrite=overwrite, tell=tell)
+    except SafetensorError as error:
+        raise MachineError(f"{work}: cannot be written to ({error}); free some space and run again") from None
+    finally:
+        os.close(lock)
+
+
+def _trained(config: TrainConfig, target: Path, work: Path, slides: Path, *, overwrite: bool, tell: Tell) -> Brush:
     if config.optimisation.threads:
         torch.set_num_threads(config.optimisation.threads)
     pack = _pack(config.data, work, slides, tell)

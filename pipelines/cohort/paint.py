@@ -26,6 +26,7 @@ from distributed import LocalCluster
 from wsi_brush.brush import load_brush
 from wsi_brush.cluster import connect
 from wsi_brush.encoder import load_encoder
+from wsi_brush.errors import WsiBrushError
 from wsi_brush.paint import Painting
 from wsi_brush.synthesize import synthesize_slide
 
@@ -58,10 +59,13 @@ def main() -> None:
             if target.exists():
                 return f"{target}: there already"
             painting = Painting(size=arguments.size, seed=arguments.seed)
-            done = synthesize_slide(
-                path, target, painting, brush=brush, encoder=encoder, assume_mpp=float(mpp) if mpp else None,
-                client=client,
-            )  # fmt: skip
+            try:
+                done = synthesize_slide(
+                    path, target, painting, brush=brush, encoder=encoder, assume_mpp=float(mpp) if mpp else None,
+                    client=client,
+                )  # fmt: skip
+            except WsiBrushError as error:
+                return f"failed: {error}"  # a bad slide costs one slide
             return f"{target}: {done.shape[0]} x {done.shape[1]} pixels in {done.seconds:.0f} s"
 
         with ThreadPoolExecutor(2) as two:  # while one lays out its grid level, the other's tiles are painted

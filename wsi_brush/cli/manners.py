@@ -28,7 +28,9 @@ def errors(debug: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         interrupted()
-    except (WsiBrushError, OSError, MemoryError) as error:
+    except (WsiBrushError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "not enough memory" not in str(error):
+            raise  # torch's CPU allocator says so with a plain RuntimeError; any other is a fault of ours
         if debug:
             traceback.print_exc()
         if isinstance(error, WsiBrushError):

@@ -1,0 +1,168 @@
+"""What painting costs: against its arithmetic floor, against the finest pitch alone, against the parent's way.
+
+    OMP_WAIT_POLICY=passive python tests/benchmarks/painting.py [parts] [progressive] [parent] [size] [memory]
+
+Every figure is a ratio to a rival or a floor of the same run; nothing here is a test. `parts`: one evaluation, sweep by
+sweep, over counted FLOPs at the speed of the best matrix product measured here. `progressive`: the ladder on and off.
+`parent`: the same network evaluated in one piece with DDIM-50 at full resolution (2048 x 2048: minutes, gigabytes).
+`size`: seconds a pixel from 1024 to 4096. `memory`: peak at 4096 and 8192 pixels under --max-memory 2GB, few steps.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from wsi_brush.brush import Brush, load_brush
+from wsi_brush.denoiser import NODE, node_mass
+from wsi_brush.diffusion import coefficients, moves, solve
+from wsi_brush.field import NoiseField
+from wsi_brush.grid import Grid
+from wsi_brush.machine import keep_memory, peak_memory
+from wsi_brush.operators import nodes
+from wsi_brush.paint import Painting, paint_canvas
+from wsi_brush.store import EmbeddingMap
+from wsi_brush.stream import CanvasDenoiser
+
+
+def embeddings(brush: Brush, canvas: Grid) -> dict[float, EmbeddingMap]:
+    """Random ones: what is painted is no matter here."""
+    random, maps = np.random.default_rng(0), {}
+    for mpp in brush.pitches:
+        lattice = canvas.at(brush.about["tile"] * mpp)
+        values = random.normal(size=(*lattice.shape, brush.denoiser.config.dim)).astype(np.float16)
+        maps[mpp] = EmbeddingMap(mpp, lattice, values)
+    return maps
+
+
+def seconds(work, repeats: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - start) / repeats
+
+
+def best_speed() -> float:
+    """FLOP/s of the best matrix product of the operator's widths, on all threads."""
+    rates = []
+    for rows, inner, columns in ((4096, 192, 384), (16384, 96, 192), (2048, 2048, 2048)):
+        one, other = torch.randn(rows, inner), torch.randn(inner, columns)
+        one @ other
+        rates.append(2 * rows * inner * columns / seconds(lambda one=one, other=other: one @ other, 30))
+    return max(rates)
+
+
+def parts(brush: Brush, side: int = 1536) -> dict[str, object]:
+    canvas = Grid(0.5, 0, 0, side, side)
+    denoise = CanvasDenoiser(brush, embeddings(brush, canvas), canvas, mpp=0.5, guidance=1.0)
+    state = NoiseField(0).read(canvas)
+    denoise(state, 1.0)
+    prepared = seconds(lambda: denoise.prepare(state.numpy(), 1.0))
+    whole = seconds(lambda: denoise(state, 1.0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with FlopCounterMode(display=False) as counted:
+        denoise(state, 1.0)
+    torch.set_num_threads(threads)
+    floor = counted.get_total_flops() / best_speed()
+    return {
+        "flops a pixel": round(counted.get_total_flops() / side**2),
+        "us a pixel": round(1e6 * whole / side**2, 3),
+        "over the floor": round(whole / floor, 2),
+        "part of it before the tiles are painted": round(prepared / whole, 2),
+    }
+
+
+def progressive(brush: Brush, side: int = 1024) -> dict[str, object]:
+    canvas = Grid(0.5, 0, 0, side, side)
+    maps = embeddings(brush, canvas)
+    on, off = (
+        seconds(lambda p=p: paint_canvas(brush, maps, canvas, Painting(progressive=p, guidance=1.0)))
+        for p in (True, False)
+    )
+    return {"on, s": round(on, 1), "off, s": round(off, 1), "off / on": round(off / on, 2)}
+
+
+def monolithic(brush: Brush, canvas: Grid) -> None:
+    """DDIM-50 at full resolution, every evaluation in one piece."""
+    net, condition = brush.denoiser, brush.condition(embeddings(brush, canvas), canvas, 0.5)
+
+    @torch.inference_mode()
+    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        level = torch.tensor([sigma])
+        skip, out, into = coefficients(level)
+        setting = net.setting(level, 0.5, condition, origin=torch.zeros(1, 2, dtype=torch.float64))
+        blocks = net.sketch(into * x[None], setting)
+        grid, tokens = net.layout(nodes(blocks), node_mass(1, canvas.height // NODE, canvas.width // NODE), setting)
+        memory = net.memory(tokens, setting)
+        said = net.paint(into * x[None], setting, grid, memory, corner=(torch.zeros(1), torch.zeros(1)))
+        return (skip * x + out * said)[0]
+
+    (rung,) = brush.ladder.rungs(50, progressive=False)
+    solve(denoise, rung.sigmas[0] * NoiseField(0).read(canvas), moves(rung.sigmas, "ddim"))
+
+
+def measured(what: str, side: int, *more: str) -> dict[str, float]:
+    """One painting in a process of its own, for its peak memory."""
+    command = [sys.executable, __file__, "--alone", what, str(side), *more]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def alone(what: str, side: int, steps: int, gigabytes: float) -> None:
+    brush, canvas = load_brush(), Grid(0.5, 0, 0, side, side)
+    start = time.perf_counter()
+    if what == "parent":
+        monolithic(brush, canvas)
+    else:
+        from wsi_brush.scratch import working
+
+        painting = Painting(steps=steps, guidance=1.0, memory=int(gigabytes * 1e9))
+        with working(Path(f"benchmark-{side}"), {"side": side}, overwrite=True) as work:
+            paint_canvas(brush, embeddings(brush, canvas), canvas, painting, work=work)
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_memory()}))
+
+
+def parent(side: int = 2048) -> dict[str, object]:
+    theirs, ours = measured("parent", side, "50", "4"), measured("ours", side, "20", "4")
+    return {
+        "times faster": round(theirs["seconds"] / ours["seconds"], 2),
+        "times less memory": round(theirs["peak"] / ours["peak"], 2),
+        "ours, s": round(ours["seconds"], 1),
+        "theirs, s": round(theirs["seconds"], 1),
+    }
+
+
+def size() -> dict[str, object]:
+    found = {side: measured("ours", side, "5", "8")["seconds"] / side**2 for side in (1024, 2048, 4096)}
+    return {f"us a pixel at {side}": round(1e6 * value, 3) for side, value in found.items()}
+
+
+def memory() -> dict[str, object]:
+    small, large = (measured("ours", side, "5", "2")["peak"] for side in (4096, 8192))
+    return {
+        "peak at 4096, GB": round(small / 1e9, 2),
+        "at 8192, GB": round(large / 1e9, 2),
+        "ratio": round(large / small, 3),
+    }
+
+
+if __name__ == "__main__":
+    keep_memory()
+    if sys.argv[1:2] == ["--alone"]:
+        alone(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+    else:
+        every = {
+            "parts": lambda: parts(load_brush()),
+            "progressive": lambda: progressive(load_brush()),
+            "parent": parent,
+            "size": size,
+            "memory": memory,
+        }
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        for name in sys.argv[1:] or every:
+            print(f"{name}: {json.dumps(every[name]())}", flush=True)
