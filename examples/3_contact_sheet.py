@@ -30,7 +30,7 @@ parser.add_argument("-o", "--out", type=Path, required=True)
 parser.add_argument("--size", type=int, default=2048)
 parser.add_argument("--at", type=float, default=2.0, help="pitch of the table, µm")
 parser.add_argument("--brush", default="bundled")
-parser.add_argument("--guidance", type=float, default=1.5)
+parser.add_argument("--guidance", type=float, default=2.0)
 parser.add_argument("--steps", type=int, default=20)
 arguments = parser.parse_args()
 
