@@ -23,8 +23,8 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return
-    no_mapping, trim_threshold, top_padding = -4, -1, -2
-    for option, value in ((no_mapping, 0), (trim_threshold, 2**31 - 1), (top_padding, 256 * 2**20)):
+    no_mapping, trim_threshold, top_padding, arenas = -4, -1, -2, -8  # the arenas of threads keep nothing
+    for option, value in ((no_mapping, 0), (trim_threshold, 2**31 - 1), (top_padding, 256 * 2**20), (arenas, 1)):
         mallopt(option, value)
 
 

@@ -43,7 +43,8 @@ class Painting:
     """What is to be painted, and how.
 
     `region`: (top, left, height, width) in level-0 pixels of the reference; else the `size` x `size` pixels at
-    `mpp` with the most tissue. `guidance` is for pitches from 1 µm on. `memory`: bytes that all of it may take; a state that does not fit is on disk.
+    `mpp` with the most tissue. `guidance` is for pitches from 1 µm on. `memory`: bytes that all of it may take; a
+    state that does not fit is on disk.
     """
 
     size: int = 4096
