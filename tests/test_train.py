@@ -24,8 +24,9 @@ from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushErr
 from wsi_brush.field import mollify
 from wsi_brush.objective import _gathered, _maps, _scatter, draw_sigma, losses, mollified_at
 from wsi_brush.operators import nodes, splat
+from wsi_brush.recipe import Optimisation, SlideSource, TrainConfig, read_config
 from wsi_brush.slide import open_slide
-from wsi_brush.train import Optimisation, TrainConfig, _Run, read_config, train_brush
+from wsi_brush.train import _Run, train_brush
 
 
 class Colours:
@@ -347,7 +348,7 @@ def test_a_pack_of_other_slides_is_refused(tissue_slide: Path, tmp_path: Path, m
     data = config_of().data
     train._pack(data, tmp_path, tissue_slide.parent, lambda line: None)
     for slide in ({"path": "other.tif"}, {"path": "tissue.tif", "assume_mpp": 0.25}):
-        other = data.model_copy(update={"slides": [train.SlideSource(**slide)]})
+        other = data.model_copy(update={"slides": [SlideSource(**slide)]})
         with pytest.raises(RefusedError) as found:
             train._pack(other, tmp_path, tissue_slide.parent, lambda line: None)
         one_line(found, "other slides", "--work")

@@ -24,6 +24,7 @@ The modules, in the order of the data; a module imports only what stands above i
     objective     what a training step minimises: the loss at windows and at scattered points
     optimiser     how weights follow their gradients: Muon and AdamW
     brush         Brush: a trained denoiser and all it needs
+    recipe        what a training run is made of: a TOML file, checked
     train         verb: pack -> brush
     stream        one denoising step over a canvas of any size, tile by tile
     paint         all steps of all pitches: a canvas from noise to image

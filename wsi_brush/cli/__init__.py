@@ -203,7 +203,8 @@ def train(
 ) -> None:
     """Slides to a brush. Run again: goes on from the newest checkpoint."""
     with errors(debug):
-        from ..train import read_config, train_brush
+        from ..recipe import read_config
+        from ..train import train_brush
 
         read = read_config(config)
         work = work or out.resolve().with_name(f"{out.resolve().name}.work")

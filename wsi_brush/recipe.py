@@ -1,0 +1,135 @@
+"""What a training run is made of: a TOML file, checked before hours of work."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from .coordinates import LADDER
+from .diffusion import Objective
+from .errors import UsageError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SlideSource(_Strict):
+    """A slide to train on; `assume_mpp` where its header has no pixel size."""
+
+    path: str
+    assume_mpp: float | None = None
+
+
+class Data(_Strict):
+    """What is trained on."""
+
+    slides: list[SlideSource] = Field(min_length=1)
+    encoder: str = "bundled"
+    in_memory: bool = True
+    shares: tuple[float, ...] = (0.42, 0.2, 0.15, 0.12, 0.11)  # of the pitches 0.5, 1, 2, 4, 8 µm
+    sizes: tuple[int, ...] = (256, 256, 256, 256, 128)  # of a scene, pixels
+    window: int = 128
+    points: int = 64
+
+    @model_validator(mode="after")
+    def _fits(self) -> Data:
+        if not len(self.shares) == len(self.sizes) == len(LADDER):
+            found = f"{len(self.shares)} shares and {len(self.sizes)} sizes"
+            raise ValueError(f"{found}; expected {len(LADDER)} of each, one a pitch")
+        if min(self.shares) < 0 or not 0 < sum(self.shares) < math.inf:
+            raise ValueError("shares are numbers from 0 on, not all of them 0")
+        if self.window < 32 or any(size % 32 for size in (self.window, *self.sizes)) or self.window > min(self.sizes):
+            raise ValueError(
+                f"window {self.window} and sizes {self.sizes}; expected multiples of 32, and no size below the window"
+            )
+        room = min((size**2 - self.window**2 for size in self.sizes if size > self.window), default=math.inf)
+        if not 0 <= self.points <= room:
+            raise ValueError(f"{self.points} points; expected 0 to {room}, the pixels of a scene outside its window")
+        return self
+
+
+class Model(_Strict):
+    """The operator's sizes; see `denoiser.DenoiserConfig`."""
+
+    width: int = 48
+    depth: tuple[int, int, int] = (1, 2, 4)
+    layout: int = 4
+    heads: int = 6
+    tokens: int = 16
+    mollifier: float = 0.5
+
+    @model_validator(mode="after")
+    def _divides(self) -> Model:
+        if 4 * self.width % self.heads or self.width % 2:
+            raise ValueError(
+                f"width {self.width}, heads {self.heads}; expected an even width, and heads that divide 4 of it"
+            )
+        return self
+
+
+class Optimisation(_Strict):
+    """How it is trained. It ends after `steps`, or `minutes` if they are over first; the rate falls to zero by then."""
+
+    steps: int = Field(default=100_000, gt=0)
+    minutes: float = Field(default=math.inf, gt=0)
+    batch: int = Field(default=8, gt=0)  # scenes of a shard
+    shards: int = Field(
+        default=1, ge=1
+    )  # batches a step, each of its own pitch; beyond one, side by side, a thread each
+    rate: float = 1.5e-3
+    warmup: int = Field(default=200, gt=0)
+    decay: float = 0.01
+    clip: float = 1.0
+    average: float = 0.999
+    objective: Objective = "v"
+    scattered: float = 0.1  # weight of the scattered points' loss beside the windows'
+    unconditional: float = 0.1
+    full_range: float = 0.1  # part of the scenes whose noise is drawn from the whole range, whatever their pitch
+    tolerance: float | tuple[float, ...] = (0.03, 0.005, 0.005, 0.005)  # of `diffusion.Ladder`
+    margin: float = 1.5  # noise levels are drawn this factor beyond those that the solver visits
+    seed: int = 0
+    start: str | None = None  # a brush to start from, instead of from nothing: "bundled" or a folder
+    threads: int = 0
+    checkpoint_minutes: float = 3.0
+
+    @model_validator(mode="after")
+    def _tolerable(self) -> Optimisation:
+        given = self.tolerance if isinstance(self.tolerance, tuple) else (self.tolerance,) * (len(LADDER) - 1)
+        if len(given) != len(LADDER) - 1 or min(given) <= 0:
+            raise ValueError(f"tolerance {self.tolerance}; expected a number above 0, or {len(LADDER) - 1} of them")
+        return self
+
+
+class TrainConfig(_Strict):
+    """A training run: [data], [model], [optimisation]."""
+
+    data: Data
+    model: Model = Model()
+    optimisation: Optimisation = Optimisation()
+    card: dict[str, JsonValue] = {}
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A TOML file as a checked configuration.
+
+    Raises:
+        UsageError: naming the key that is wrong, and the nearest that exists.
+    """
+    try:
+        return TrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; expected a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML ({error})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        known = [name for part in (TrainConfig, Data, Model, Optimisation, SlideSource) for name in part.model_fields]
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        hint = f"; did you mean {near[0]}?" if near and first["type"] == "extra_forbidden" else ""
+        raise UsageError(f"{path}: {key}: {first['msg']}{hint}") from None
