@@ -398,6 +398,7 @@ def test_ctrl_c_in_the_middle_leaves_what_was_there(tissue_slide: Path, brush: B
         assert hashes(target) == before
 
 
+@pytest.mark.usefixtures("one_thread")  # a fork does not take the threads of OpenMP with it
 class TestGoingOn:
     """A killed run, and the same command again."""
 
