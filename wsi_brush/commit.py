@@ -113,26 +113,42 @@ def staged(target: Path, *, kind: str, about: dict[str, Any], overwrite: bool = 
     check_target(target, kind=kind, overwrite=overwrite)
     stage = target.parent / _stage_name(target)
     try:
-        stage.mkdir()
-        yield stage
-        files = {_name(path, stage): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in _files(stage)}
-        sync_tree(stage)
-        manifest = {"kind": kind, **about}
-        write_json(stage / MANIFEST, {**manifest, "seal": _seal(manifest, files), "files": files})
-        _sync(stage)
-        check_target(target, kind=kind, overwrite=overwrite)
-        if target.exists():
-            _swap(stage, target)
-        else:
-            os.replace(stage, target)
-        _sync(target.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(f"{target}: the disk is full; free some space and run the same command again") from error
-        raise
+        with full_disk_said(target):
+            stage.mkdir()
+            yield stage
+            _seal_and_move(stage, target, kind=kind, about=about, overwrite=overwrite)
     finally:
         if stage.exists():
             shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def full_disk_said(path: Path) -> Iterator[None]:
+    """What writes to `path` says in one line that the disk is full.
+
+    Raises:
+        MachineError: then.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(f"{path}: the disk is full; free some space and run the same command again") from error
+        raise
+
+
+def _seal_and_move(stage: Path, target: Path, *, kind: str, about: dict[str, Any], overwrite: bool) -> None:
+    files = {_name(path, stage): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in _files(stage)}
+    sync_tree(stage)
+    manifest = {"kind": kind, **about}
+    write_json(stage / MANIFEST, {**manifest, "seal": _seal(manifest, files), "files": files})
+    _sync(stage)
+    check_target(target, kind=kind, overwrite=overwrite)
+    if target.exists():
+        _swap(stage, target)
+    else:
+        os.replace(stage, target)
+    _sync(target.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -65,11 +65,15 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 def optimisers(module: nn.Module, *, rate: float, decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of a module, AdamW for its vectors, kernels and narrow matrices; both at one rate."""
     weights = list(module.parameters())
-    matrices = [w for w in weights if w.ndim == 2 and min(w.shape) >= _LEAST]
-    kernels = [w for w in weights if w.ndim > 1 and not any(w is m for m in matrices)]
+    matrices = [w for w in weights if _is_matrix(w)]
+    kernels = [w for w in weights if w.ndim > 1 and not _is_matrix(w)]
     vectors = [w for w in weights if w.ndim <= 1]
     groups = [{"params": kernels, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     return [
         Muon(matrices, rate=rate, decay=decay),
         torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), foreach=True),
     ]
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    return weight.ndim == 2 and min(weight.shape) >= _LEAST

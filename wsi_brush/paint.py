@@ -197,8 +197,8 @@ class Run:
         grid_folder: Path | None, *, owner: bool = True,
     ) -> None:  # fmt: skip
         self._brush, self._maps, self._area, self._painting = brush, maps, area, painting
-        self._details = brush.ladder.starting_at(area.mpp).details
-        self._top = max(stage.level for stage in stages(brush.ladder.starting_at(area.mpp), painting))
+        ladder = brush.ladder.starting_at(area.mpp)
+        self._details, self._top = ladder.details, len(ladder.pitches) - 1 if painting.progressive else 0
         self._grid_folder, self._owner = grid_folder, owner
         self._field = NoiseField(painting.seed)
         self._denoise: tuple[int, CanvasDenoiser] | None = None
@@ -238,10 +238,10 @@ class Run:
         place = Grid(grid.mpp, grid.top + tile.top, grid.left + tile.left, *tile.shape)
         if stage.move is None:
             return {"x": self._entered(stage, planes, tile, place)}
-        image = self.denoiser(stage).image(planes["x"], tile)
+        state, image = self.denoiser(stage).image(planes["x"], tile)
         before = read_plane(planes["image"], tile) if stage.move.old else None
         noise = self._field.read(place, stream=stage.move.stream) if stage.move.fresh else None
-        return {"x": stage.move.of(read_plane(planes["x"], tile), image, before, noise), "image": image}
+        return {"x": stage.move.of(state, image, before, noise), "image": image}
 
     def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid, place: Grid) -> Tensor:
         """Noise where nothing is yet, else the coarser state made finer."""

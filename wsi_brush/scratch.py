@@ -8,7 +8,6 @@ is removed when the target is finished.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -22,7 +21,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from .commit import sync_tree, write_json
+from .commit import full_disk_said, sync_tree, write_json
 from .errors import MachineError, RefusedError
 
 WORK = ".wsi-brush-work-"
@@ -82,7 +81,7 @@ class Work:
         number, path = found[-1]
         try:
             facts = json.loads((path / "state.json").read_text("utf-8"))
-            there = {p.relative_to(path).as_posix(): p.stat().st_size for p in path.rglob("*") if p.is_file()}
+            there = _sizes(path)
             there.pop("state.json")
             if there != facts["files"]:
                 raise ValueError("files are missing or cut")
@@ -98,17 +97,16 @@ class Work:
             MachineError: if a chunk was never written.
         """
         path = self.folder / f"{_STATE}{number}"
-        for unfinished in self.folder.glob(f"{_STATE}*{_PARTIAL}*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        self._drop_unfinished()
         partial = path.with_name(f"{path.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")  # a stray writer has another's name
         partial.mkdir()
         yield partial
-        for name in sorted(child.name for child in partial.iterdir()):
-            missing = _missing(partial / name)
+        files, planes = _sizes(partial), sorted(child.name for child in partial.iterdir())
+        for name in planes:
+            chunks = zarr.open_array(partial / name, mode="r").nchunks
+            missing = chunks - sum(file.startswith(f"{name}/c/") for file in files)
             if missing:
                 raise MachineError(f"{partial / name}: {missing} chunks were never written; run the same command again")
-        files = {p.relative_to(partial).as_posix(): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
-        planes = sorted({name.split("/")[0] for name in files})
         write_json(partial / "state.json", {"planes": planes, "files": files})
         sync_tree(partial)
         os.replace(partial, path)
@@ -127,10 +125,13 @@ class Work:
                     for top in range(0, values.shape[1], CHUNK):
                         plane[:, top : top + CHUNK] = values[:, top : top + CHUNK]
         except OSError:
-            for partial in self.folder.glob(f"{_STATE}*{_PARTIAL}*"):
-                shutil.rmtree(partial, ignore_errors=True)
+            self._drop_unfinished()
             return False
         return True
+
+    def _drop_unfinished(self) -> None:
+        for unfinished in self.folder.glob(f"{_STATE}*{_PARTIAL}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def _generations(self) -> list[tuple[int, Path]]:
         names = [path for path in self.folder.glob(f"{_STATE}*") if path.name.removeprefix(_STATE).isdigit()]
@@ -151,15 +152,12 @@ def working(target: Path, parameters: Mapping[str, Any], *, overwrite: bool = Fa
     plain = json.loads(json.dumps(dict(parameters)))
     lock = hold(folder, target)
     try:
-        if (folder / _FINISHED).exists():
+        with full_disk_said(folder):
+            if (folder / _FINISHED).exists():
+                _clear(folder)
+            _check(folder, plain, target, overwrite=overwrite)
+            yield Work(folder)
             _clear(folder)
-        _check(folder, plain, target, overwrite=overwrite)
-        yield Work(folder)
-        _clear(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(f"{folder}: the disk is full; free some space and run the same command again") from error
-        raise
     finally:
         if not any(folder.glob(f"{_STATE}*")):
             shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
@@ -194,10 +192,9 @@ def hold(folder: Path, what: Path) -> int:
         os.close(lock)  # whoever had it has removed the folder meanwhile
 
 
-def _missing(plane: Path) -> int:
-    """Chunks of a plane on disk that are not there."""
-    array = zarr.open_array(plane, mode="r")
-    return array.nchunks - sum(path.is_file() for path in (plane / "c").rglob("*"))
+def _sizes(folder: Path) -> dict[str, int]:
+    """The files in a folder, and their bytes."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def _clear(folder: Path) -> None:
@@ -218,11 +215,13 @@ def _check(folder: Path, parameters: dict[str, Any], target: Path, *, overwrite:
         before = json.loads(path.read_text("utf-8")) if path.is_file() else None
     except ValueError as error:
         raise RefusedError(f"{path}: damaged ({error}); remove {folder} to begin anew") from None
-    changed = sorted(k for k in (before or {}).keys() | parameters.keys() if (before or {}).get(k) != parameters.get(k))
-    if before is None or (changed and overwrite):
+    if before == parameters:
+        return
+    if before is None or overwrite:
         _clear(folder)
         write_json(path, parameters)
-    elif changed:
+    else:
+        changed = sorted(k for k in before.keys() | parameters.keys() if before.get(k) != parameters.get(k))
         shown = ", ".join(f"{name} {before.get(name)} -> {parameters.get(name)}" for name in changed)
         raise RefusedError(
             f"{target}: begun with other parameters ({shown}); run with the old ones to go on, or with --overwrite to "

@@ -59,12 +59,10 @@ class CanvasDenoiser:
     ) -> None:  # fmt: skip
         if tile < NODE or tile % NODE:
             raise ValueError(f"tiles are multiples of {NODE} pixels, not {tile}")
-        self._guidance, self._tile = guidance, tile
+        self._guidance, self._tile, self._halo = guidance, tile, brush.denoiser.config.halo
         condition = brush.condition(maps, canvas, mpp)
         known = (True,) if guidance == 1 else (True, False)
-        self._asked = [
-            _Asked(brush, condition, mpp, known=k, tile=tile, folder=folder and folder / f"grid-{k}") for k in known
-        ]
+        self._asked = [_Asked(brush, condition, mpp, known=k, folder=folder and folder / f"grid-{k}") for k in known]
         self._sigma = 0.0
 
     def prepare(self, x: Plane, sigma: float, sweep: Sweep | None = None) -> None:
@@ -93,7 +91,13 @@ class CanvasDenoiser:
 
     def sketch(self, x: Plane, tile: Grid) -> list[NDArray[np.float32]]:
         """Sweep A at one tile: its nodes (rows, columns, c), as asked with the condition and without."""
-        return [asked.sketch(x, tile) for asked in self._asked]
+        canvas = _canvas(x)
+        halo = -(-self._halo // NODE) * NODE  # windows of whole blocks
+        around = Grid(tile.mpp, tile.top - NODE, tile.left - NODE, tile.height + NODE, tile.width + NODE)
+        inner = around.clip(canvas)
+        window = inner.pad(halo).clip(canvas)
+        state = read_plane(x, window)
+        return [asked.sketch(state, window, inner, _own_nodes(tile, canvas)) for asked in self._asked]
 
     def save_memory(self, path: Path) -> None:
         """What `image` needs besides the features in `folder`, for another process's `load_memory`."""
@@ -106,12 +110,16 @@ class CanvasDenoiser:
             asked.memory = [kept[f"{k}.{index}"] for index in range(len(kept) // len(self._asked))]
             asked.open_features()
 
-    def image(self, x: Plane, tile: Grid) -> Tensor:
-        """Sweep B at one tile, counted from the canvas's corner: (3, h, w)."""
-        said = [asked.paint(x, tile) for asked in self._asked]
+    def image(self, x: Plane, tile: Grid) -> tuple[Tensor, Tensor]:
+        """Sweep B at one tile, counted from the canvas's corner: the state there, and its image, (3, h, w) each."""
+        window = tile.pad(self._halo).clip(_canvas(x))
+        rows, columns = tile.within(window)
+        around = read_plane(x, window)
+        state = around[:, rows, columns]
+        said = [asked.paint(around, window)[:, rows, columns] for asked in self._asked]
         skip, out, _ = (value.item() for value in coefficients(torch.tensor(self._sigma)))
         velocity = said[0] if len(said) == 1 else torch.lerp(said[1], said[0], self._guidance)
-        return skip * read_plane(x, tile) + out * velocity
+        return state, skip * state + out * velocity
 
     def tiles(self, x: Plane) -> Iterator[Grid]:
         """The tiles of a canvas of x's size."""
@@ -121,7 +129,7 @@ class CanvasDenoiser:
         """The whole image in a state that is in memory."""
         plane, image = x.numpy(), torch.empty_like(x)
         self.prepare(plane, sigma)
-        for tile, found in side_by_side(partial(self.image, plane), self.tiles(plane)):
+        for tile, (_, found) in side_by_side(partial(self.image, plane), self.tiles(plane)):
             rows, columns = tile.within(_canvas(plane))
             image[:, rows, columns] = found
         return image
@@ -131,9 +139,9 @@ class _Asked:
     """The operator asked with the condition, or without it: its settings, and its grid level at this step."""
 
     def __init__(
-        self, brush: Brush, condition: list[ConditionMap], mpp: float, *, known: bool, tile: int, folder: Path | None
+        self, brush: Brush, condition: list[ConditionMap], mpp: float, *, known: bool, folder: Path | None
     ) -> None:
-        self._net, self._tile, self._folder = brush.denoiser, tile, folder
+        self._net, self._folder = brush.denoiser, folder
         self._grid: Plane | None = None
         self._nodes: Plane | None = None
         with torch.inference_mode(), _alone():
@@ -152,16 +160,11 @@ class _Asked:
             self._setting = self._net.at(self._setting, torch.full((1,), sigma))
 
     @torch.inference_mode()
-    def sketch(self, x: Plane, tile: Grid) -> NDArray[np.float32]:
-        """The tile's nodes, complete: from the blocks around each."""
-        canvas = _canvas(x)
-        halo = -(-self._net.config.halo // NODE) * NODE  # windows of whole blocks
-        around = Grid(tile.mpp, tile.top - NODE, tile.left - NODE, tile.height + NODE, tile.width + NODE)
-        inner = around.clip(canvas)
-        window = inner.pad(halo).clip(canvas)
-        blocks = self._net.sketch(read_plane(x, window)[None] * self._into, self._setting)
+    def sketch(self, state: Tensor, window: Grid, inner: Grid, own: tuple[slice, slice]) -> NDArray[np.float32]:
+        """A tile's `own` nodes, complete: from the blocks around each, which are `inner`."""
+        blocks = self._net.sketch(state[None] * self._into, self._setting)
         found = nodes(blocks[:, *_in_blocks(inner.within(window))])[0]
-        rows, columns = _own_nodes(tile, canvas)
+        rows, columns = own
         first, second = inner.top // NODE, inner.left // NODE
         return found[rows.start - first : rows.stop - first, columns.start - second : columns.stop - second].numpy()
 
@@ -211,18 +214,17 @@ class _Asked:
         return self._net.layout_near(total, mass[:, window], self._setting, row=window.start)
 
     @torch.inference_mode()
-    def paint(self, x: Plane, tile: Grid) -> Tensor:
-        """What the operator says in a tile, (3, h, w)."""
+    def paint(self, state: Tensor, window: Grid) -> Tensor:
+        """What the operator says in a window, (3, h, w); right where its halo is inside, or the canvas ends."""
         assert self._grid is not None
-        window = tile.pad(self._net.config.halo).clip(_canvas(x))
         top, left = window.top // NODE, window.left // NODE
         bottom, right = -(-window.bottom // NODE) + 1, -(-window.right // NODE) + 1
         grid = _read(self._grid, (slice(top, bottom), slice(left, right)))[None]
         corner = (torch.tensor([float(window.top)]), torch.tensor([float(window.left)]))
-        given = read_plane(x, window)[None] * self._into
-        said = self._net.paint(given, self._setting, grid, self.memory, corner=corner, node=(top, left))
-        rows, columns = tile.within(window)
-        return said[0, :, rows, columns]
+        said = self._net.paint(
+            state[None] * self._into, self._setting, grid, self.memory, corner=corner, node=(top, left)
+        )
+        return said[0]
 
 
 def read_plane(plane: Plane, window: Grid) -> Tensor:
@@ -261,27 +263,27 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     other. It also keeps the order of every addition, which a matrix product shared by threads does not.
     """
     count = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with _alone():
         if count == 1:
             yield from ((item, work(item)) for item in items)
             return
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            waiting: deque[tuple[Item, Future[Result]]] = deque()
             try:
                 for item in items:
                     waiting.append((item, pool.submit(work, item)))
                     if len(waiting) > count + 1:  # no more results than are being written
-                        first, result = waiting.popleft()
-                        yield first, result.result()
+                        yield _first_of(waiting)
                 while waiting:
-                    first, result = waiting.popleft()
-                    yield first, result.result()
+                    yield _first_of(waiting)
             finally:
                 for _, result in waiting:
                     result.cancel()
-    finally:
-        torch.set_num_threads(count)
+
+
+def _first_of(waiting: deque[tuple[Item, Future[Result]]]) -> tuple[Item, Result]:
+    item, result = waiting.popleft()
+    return item, result.result()
 
 
 @contextmanager
