@@ -10,6 +10,7 @@ import torch
 from conftest import make_brush
 from torch import Tensor
 
+from wsi_brush import stream
 from wsi_brush.brush import Brush
 from wsi_brush.denoiser import NODE
 from wsi_brush.diffusion import coefficients
@@ -95,6 +96,16 @@ def test_guidance_one_is_the_conditional_answer(brush: Brush) -> None:
     corner = torch.zeros(1), torch.zeros(1)
     said = net.paint(into * x[None], setting, grid, net.memory(tokens, setting), corner=corner)
     assert torch.allclose(step(brush, guidance=1.0), (skip * x + out * said)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 11])
+def test_the_grid_level_in_strips_is_that_in_one_piece(
+    brush: Brush, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve rows of nodes; only the order of the sums over them differs."""
+    whole = step(brush)
+    monkeypatch.setattr(stream, "STRIP", rows)
+    torch.testing.assert_close(step(brush), whole, rtol=0, atol=1e-5)
 
 
 def test_guidance_stretches_the_difference(brush: Brush) -> None:
