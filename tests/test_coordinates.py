@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from wsi_brush.commit import read_manifest, verify
+from wsi_brush.condition import ConditionMap
 from wsi_brush.coordinates import (
     LADDER,
     TRAIN_UNTIL,
@@ -22,7 +23,6 @@ from wsi_brush.coordinates import (
     TrainingPack,
     build_pack,
 )
-from wsi_brush.denoiser import ConditionMap, _in_cells
 from wsi_brush.embed import PITCHES
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.grid import Grid
@@ -246,7 +246,7 @@ def test_a_map_says_the_same_place_as_the_image_in_all_symmetries(mpp: float) ->
         for pitch in PITCHES:
             lattice = map_of(scenes, pitch)
             assert lattice.cell == TILE * pitch / mpp
-            rows, columns = _in_cells(lattice, at, at, 0)
+            rows, columns = lattice.in_cells(at, at, 0)
             there = interpolate(lattice.present[0, ..., None], rows, columns)[..., 0].numpy() > 1 - 1e-6
             found = interpolate(lattice.values[0], rows, columns).numpy()
             np.testing.assert_allclose(found[there], where.transpose(1, 2, 0)[there], atol=0.02)
@@ -263,7 +263,7 @@ def test_maps_reach_as_far_as_a_scene_is_read() -> None:
         ends = torch.tensor([0.0, float(scenes.images.shape[-1])])
         for pitch in PITCHES:
             lattice = map_of(scenes, pitch)
-            for along, position in enumerate(_in_cells(lattice, ends, ends, 0)):
+            for along, position in enumerate(lattice.in_cells(ends, ends, 0)):
                 assert position.min() >= -1e-4
                 assert position.max() <= lattice.values.shape[1 + along] - 1 + 1e-4
 

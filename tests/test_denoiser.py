@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from wsi_brush.condition import ConditionMap, Setting
 from wsi_brush.denoiser import (
     CELL,
     NODE,
-    ConditionMap,
     Denoiser,
     DenoiserConfig,
-    Setting,
-    _in_cells,
 )
 from wsi_brush.field import mollify
 from wsi_brush.grid import Grid
@@ -88,9 +86,9 @@ def tile_of(
     window = tile.pad(halo).clip(canvas)
     corner = torch.full((len(x),), float(window.top)), torch.full((len(x),), float(window.left))
     part = x[:, :, window.top : window.bottom, window.left : window.right]
-    said = denoiser.paint(part, setting, grid, memory, corner=corner)
-    rows, columns = tile.within(window)
-    return said[:, :, rows, columns]
+    around = tile.top - window.top, tile.left - window.left, window.bottom - tile.bottom, window.right - tile.right
+    features = denoiser.descend(part, setting)
+    return denoiser.ascend(features, setting, grid, memory, corner=corner, around=around)
 
 
 def tiles(canvas: tuple[int, int], height: int, width: int, top: int, left: int) -> Iterator[Grid]:
@@ -302,18 +300,22 @@ def test_a_place_is_the_same_at_every_pitch() -> None:
     denoiser = denoiser_of(SMALL)
     fine, coarse = (setting_of(denoiser, 2, (64, 64), mpp=mpp) for mpp in (0.5, 2.0))
     rows, columns = torch.tensor([0.0, 40.0, 8.0]), torch.tensor([4.0, 0.0, 1000.0])
-    torch.testing.assert_close(fine.places(rows, columns, 0), coarse.places(rows / 4, columns / 4, 0))
-    torch.testing.assert_close(fine.places(rows, columns, 0), positional(1000 + rows / 2, 1000 + columns / 2))
+    torch.testing.assert_close(
+        fine.places_of_points(rows, columns, 0), coarse.places_of_points(rows / 4, columns / 4, 0)
+    )
+    torch.testing.assert_close(fine.places_of_points(rows, columns, 0), positional(1000 + rows / 2, 1000 + columns / 2))
     origin = torch.tensor([[0.0, 0.0], [20.0, 2.0]], dtype=torch.float64)
     moved = replace(fine, origin=origin)
-    torch.testing.assert_close(moved.places(rows, columns, 1), moved.places(rows + 40, columns + 4, 0))
+    torch.testing.assert_close(
+        moved.places_of_points(rows, columns, 1), moved.places_of_points(rows + 40, columns + 4, 0)
+    )
 
 
 def test_cells_of_a_map_lie_where_they_are_read() -> None:
     for lattice in condition_of(2, (300, 200)):
         rows, columns = lattice.centres()
         for scene in range(2):
-            at_rows, at_columns = _in_cells(lattice, rows[scene], columns[scene], scene)
+            at_rows, at_columns = lattice.in_cells(rows[scene], columns[scene], scene)
             torch.testing.assert_close(at_rows, torch.arange(len(at_rows)).float(), rtol=0, atol=1e-4)
             torch.testing.assert_close(at_columns, torch.arange(len(at_columns)).float(), rtol=0, atol=1e-4)
 

@@ -18,16 +18,19 @@ from wsi_brush.diffusion import (
     Denoise,
     Ladder,
     Solver,
+    block_means,
     coefficients,
     finer,
     loss,
     moves,
+    ramped,
     solve,
     target,
 )
 from wsi_brush.errors import UsageError
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
+from wsi_brush.recipe import Optimisation
 
 LADDER = Ladder((0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.1, 0.1, 0.09))
 
@@ -296,7 +299,8 @@ def test_noise_alone_becomes_white_noise_of_twice_the_deviation() -> None:
     sigma = 0.7
     field = NoiseField(3, channels=2)
     coarse = sigma * field.read(Grid(1.0, 0, 0, 256, 256))
-    fine = finer(coarse, sigma, 0.0, field.read(Grid(0.5, 0, 0, 512, 512), stream=1)) / (2 * sigma)
+    noise = field.read(Grid(0.5, 0, 0, 512, 512), stream=1)
+    fine = finer(coarse, sigma, 0.0, noise, torch.zeros_like(noise)) / (2 * sigma)
     bound = 4.5 / math.sqrt(fine.numel())
     assert abs(fine.var().item() - 1) < math.sqrt(2) * bound
     for shifts in ((0, 1), (1, 0), (1, 1), (0, 2), (2, 1)):
@@ -310,18 +314,27 @@ def test_noise_alone_becomes_white_noise_of_twice_the_deviation() -> None:
 def test_a_finer_state_has_the_same_block_means_and_the_right_variance(sigma: float, detail: float) -> None:
     coarse = torch.randn(3, 128, 96, generator=torch.Generator().manual_seed(0)).mul(2)
     noise = NoiseField(8).read(Grid(0.5, 0, 0, 256, 192))
-    fine = finer(coarse, sigma, detail, noise)
+    fine = finer(coarse, sigma, detail, noise, torch.zeros_like(noise))
     assert fine.shape == (3, 256, 192)
     torch.testing.assert_close(halved(fine), coarse, rtol=0, atol=2e-6 * max(1.0, sigma))
     added = (fine - coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)).pow(2).mean().item()
     assert added == pytest.approx(3 * sigma**2 + detail**2, rel=0.015)
 
 
+def test_slopes_keep_block_means_and_carry_a_ramp_on() -> None:
+    image = torch.randn(3, 18, 14, dtype=torch.float64)
+    torch.testing.assert_close(block_means(ramped(image)), image[:, 1:-1, 1:-1])
+    rows, columns = torch.arange(10.0, dtype=torch.float64)[:, None], torch.arange(6.0, dtype=torch.float64)
+    plane = (3 * rows - 2 * columns)[None]
+    rows, columns = ((torch.arange(2 * n, dtype=torch.float64) + 0.5) / 2 + 0.5 for n in (8, 4))
+    torch.testing.assert_close(ramped(plane)[0], 3 * rows[:, None] - 2 * columns)
+
+
 def test_refining_is_local() -> None:
     field, canvas, part = NoiseField(5), Grid(0.5, 0, 0, 64, 64), Grid(0.5, 16, 32, 16, 16)
     coarse = torch.randn(3, 32, 32)
-    whole = finer(coarse, 1.0, 0.1, field.read(canvas))
-    piece = finer(coarse[:, 8:16, 16:24], 1.0, 0.1, field.read(part))
+    whole = finer(coarse, 1.0, 0.1, field.read(canvas), ramped(functional.pad(coarse, (1, 1, 1, 1))))
+    piece = finer(coarse[:, 8:16, 16:24], 1.0, 0.1, field.read(part), ramped(coarse[:, 7:17, 15:25]))
     rows, columns = part.within(canvas)
     assert torch.equal(piece, whole[:, rows, columns])
 
@@ -329,7 +342,7 @@ def test_refining_is_local() -> None:
 # -- all of it, on a Gaussian field with the spectrum of an image ------------------------------------------
 
 
-SIZE, BATCH = 64, 192
+SIZE = 32
 
 
 def spectrum() -> Tensor:
@@ -359,33 +372,62 @@ def denoiser_of(power: Tensor) -> Denoise:
 
 
 def octaves(x: Tensor) -> Tensor:
-    """Mean variance of the modes of each octave, over the batch."""
-    found = torch.fft.fft2(x.double(), norm="ortho").abs().square().mean(0)
-    return by_octave(found)
+    """Variance of the modes of each octave, of a state that is a sum of images (channels), each times its own noise."""
+    return by_octave(torch.fft.fft2(x, norm="ortho").abs().square().sum(0))
 
 
 def by_octave(power: Tensor) -> Tensor:
     index = torch.fft.fftfreq(SIZE, 1 / SIZE, dtype=torch.float64)
     radius = (index[:, None] ** 2 + index**2).sqrt()
-    return torch.stack([power[(radius >= 2**k) & (radius < 2 ** (k + 1))].mean() for k in range(6)])
+    return torch.stack([power[(radius >= 2**k) & (radius < 2 ** (k + 1))].mean() for k in range(5)])
 
 
 def test_the_spectrum_of_block_means_is_right() -> None:
-    field = torch.randn(BATCH, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    field = torch.randn(500, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     image = torch.fft.ifft2(torch.fft.fft2(field) * spectrum().sqrt()).real
     assert image.var().item() == pytest.approx(SIGMA_DATA**2, rel=0.1)
     found = torch.fft.fft2(halved(image), norm="ortho").abs().square().mean(0)
     ratio = found / of_block_means(spectrum())
     assert ratio.mean().item() == pytest.approx(1, abs=0.02)
-    assert ratio.std().item() == pytest.approx(math.sqrt(1 / BATCH), rel=0.25)
+    assert ratio.std().item() == pytest.approx(math.sqrt(1 / 500), rel=0.25)
 
 
-@pytest.mark.parametrize(("tolerance", "lost"), [(0.001, 0.04), (Ladder.tolerance, 0.06), (0.02, 0.1), (0.08, 0.23)])
-def test_what_progressive_resolution_costs_at_any_octave(tolerance: float, lost: float) -> None:
-    """The detail that a hand-over draws does not follow the slope of the block means, as that of an image does.
+def carried(ladder: Ladder, powers: list[Tensor], steps: int, *, slopes: bool = True) -> Tensor:
+    """What becomes of each unit of noise that is ever drawn, down the ladder: every step is linear in the noise."""
+    sides = [SIZE >> level for level in range(len(powers))]
+    counts = [side**2 for side in sides]
 
-    So some variance is missing around the finest octaves of the coarser pitches, 10 to 20 % at a tolerance of 0.08;
-    more steps give nothing of it back, a lower tolerance does. Every other octave is that of the full solver.
+    def noise(level: int) -> Tensor:
+        units = torch.zeros(sum(counts), counts[level], dtype=torch.float64)
+        first = sum(counts[level + 1 :])
+        units[first : first + counts[level]] = torch.eye(counts[level], dtype=torch.float64)
+        return units.unflatten(1, (sides[level], -1))
+
+    state = image = torch.empty(0)
+    sigma, before = 0.0, None
+    for index, rung in enumerate(ladder.rungs(steps)):
+        level = ladder.pitches.index(rung.mpp)
+        if index:
+            image = ramped(functional.pad(image[None], (1, 1, 1, 1), mode="replicate")[0])
+            foretold = image if slopes else torch.zeros_like(image)
+            state = finer(state, sigma, ladder.details[level], noise(level), foretold)
+        else:
+            state = rung.sigmas[0] * noise(level)
+        for move in moves(rung.sigmas, before=before):
+            found = denoiser_of(powers[level])(state, move.sigma)
+            state, image, before = move.of(state, found, image, None), found, 2 * move.sigma
+        sigma = rung.sigmas[-1]
+    return octaves(state)
+
+
+@pytest.mark.parametrize("steps", [20, 40])
+@pytest.mark.parametrize("tolerance", [0.005, Optimisation().tolerance[:2]])
+def test_progressive_resolution_keeps_the_variance_of_every_octave_within_two_percent(
+    tolerance: float | tuple[float, float], steps: int
+) -> None:
+    """Of what the solver at full resolution makes of a field like an image: exact variances, no sample of them.
+
+    Where a pitch takes over too late it does not, nor at a tolerance of 0.03 without the slopes of the coarser image.
     """
     powers = [spectrum()]
     for _ in range(2):
@@ -393,24 +435,13 @@ def test_what_progressive_resolution_costs_at_any_octave(tolerance: float, lost:
     # Variance of an image is the mean of its spectrum; what the block means lack is the detail.
     details = tuple(math.sqrt((fine.mean() - coarse.mean()).item()) for fine, coarse in pairwise(powers))
     ladder = Ladder((0.5, 1.0, 2.0), details, tolerance=tolerance, sigma_max=20.0)
-    field = NoiseField(11, channels=BATCH)
-    grids = [Grid(pitch, 0, 0, SIZE >> level, SIZE >> level) for level, pitch in enumerate(ladder.pitches)]
-
-    state = torch.empty(0)
-    rungs = ladder.rungs(40)
-    for index, rung in enumerate(rungs):
-        level = ladder.pitches.index(rung.mpp)
-        noise = field.read(grids[level], stream=1 + level)
-        below = rungs[index - 1].sigmas[-1]
-        state = finer(state, below, details[level], noise) if index else rung.sigmas[0] * noise
-        state = solve(denoiser_of(powers[level]), state, moves(rung.sigmas))
-    (alone,) = ladder.rungs(40, progressive=False)
-    full = solve(denoiser_of(powers[0]), alone.sigmas[0] * field.read(grids[0], stream=9), moves(alone.sigmas))
-
-    truth = by_octave(powers[0])
-    progressive, single = octaves(state) / truth, octaves(full) / truth
-    assert (single - 1).abs().max().item() < 0.04, single
-    assert (progressive / single - 1).abs().max().item() < lost, (progressive, single)
-    assert (progressive / single - 1)[[0, 4, 5]].abs().max().item() < 0.07, (progressive, single)
-    pixels = sum((len(rung.sigmas) - 1) * (SIZE * 0.5 / rung.mpp) ** 2 for rung in rungs)
-    assert pixels < 0.85 * 40 * SIZE**2
+    (alone,) = ladder.rungs(steps, progressive=False)
+    start = alone.sigmas[0] * torch.eye(SIZE**2, dtype=torch.float64).unflatten(1, (SIZE, -1))
+    full = octaves(solve(denoiser_of(powers[0]), start, moves(alone.sigmas)))
+    assert (full / by_octave(powers[0]) - 1).abs().max().item() < 0.025
+    found = carried(ladder, powers, steps)
+    assert (found / full - 1).abs().max().item() < 0.02, (found, full)
+    flat = carried(replace(ladder, tolerance=0.03), powers, steps, slopes=False)
+    late = carried(replace(ladder, tolerance=0.1), powers, steps)
+    assert (flat / full - 1).abs().max().item() > 0.03
+    assert (late / full - 1).abs().max().item() > 0.05

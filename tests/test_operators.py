@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wsi_brush import operators
 from wsi_brush.operators import (
     Block,
     Cells,
@@ -430,3 +431,21 @@ def test_rows_read_far_from_the_origin_keep_their_places() -> None:
     step = 2 * math.pi * 0.25 / 32
     angle = torch.atan2(found[:, 0], found[:, 18])
     assert (angle[1] - angle[0]).item() == pytest.approx(step, abs=1e-5)
+
+
+@pytest.mark.parametrize("band", [1, 300, 10**9])
+@pytest.mark.parametrize("size", [(2, 2), (2, 31), (17, 6), (1, 5)])
+def test_a_block_in_bands_says_what_it_says_operator_by_operator(
+    size: tuple[int, int], band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that paints and the way that trains, edges included, where cells have fewer neighbours."""
+    monkeypatch.setattr(operators, "_BAND", band)
+    block, u, signal = randomised(Block(6, signal=4)), torch.randn(1, *size, 6), torch.randn(1, 4)
+    before = u.clone()
+    with torch.enable_grad():
+        expected = block(u, signal)
+    with torch.inference_mode():
+        found = block(u, signal)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(u, before)
+    assert (expected - u).abs().max() > 0.1

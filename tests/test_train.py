@@ -17,8 +17,9 @@ from torch import Tensor
 from wsi_brush import train
 from wsi_brush.brush import load_brush, save_brush
 from wsi_brush.commit import sha256_of, verify
+from wsi_brush.condition import ConditionMap
 from wsi_brush.coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
-from wsi_brush.denoiser import ConditionMap, Denoiser, DenoiserConfig
+from wsi_brush.denoiser import Denoiser, DenoiserConfig
 from wsi_brush.diffusion import Ladder
 from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushError
 from wsi_brush.field import mollify

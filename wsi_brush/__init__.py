@@ -19,6 +19,7 @@ The modules, in the order of the data; a module imports only what stands above i
     field         NoiseField: noise that is a function, read by address
     coordinates   TrainingPack, CoordinateSampler: points, values and conditions at random places
     operators     kernel-integral, cross-attention and self-attention operators; splat and gather
+    condition     what a scene shows: embeddings as functions on it, and as sets of tokens
     denoiser      Denoiser: the conditional operator, a sparse level and a grid level
     diffusion     forward process, objective, noise levels, solvers
     objective     what a training step minimises: the loss at windows and at scattered points

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .commit import fingerprint, read_manifest, sha256_of, staged, write_json
-from .denoiser import ConditionMap, Denoiser, DenoiserConfig
+from .condition import ConditionMap
+from .denoiser import Denoiser, DenoiserConfig
 from .diffusion import Ladder
 from .errors import RefusedError, UsageError
 from .grid import Grid

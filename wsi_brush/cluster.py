@@ -100,7 +100,7 @@ class Cluster:
             if not sees:
                 raise MachineError(f"worker {worker} does not see {folder}; write to a folder that all workers share")
 
-    def sketch(self, number: int, tiles: Iterable[Grid]) -> Iterator[tuple[Grid, list[NDArray[np.float32]]]]:
+    def sketch(self, number: int, tiles: Iterable[Grid]) -> Iterator[tuple[Grid, NDArray[np.float32]]]:
         """Sweep A; nodes come back as they are done."""
         yield from self._map(_sketch, number, tiles)
 
@@ -181,7 +181,7 @@ def _ready(folder: str, token: str, number: int, laid_out: bool) -> tuple[Run, S
     return run, stage, _planes(folder, token, number)
 
 
-def _sketch(folder: str, token: str, number: int, place: tuple[int, int, int, int]) -> list[NDArray[np.float32]]:
+def _sketch(folder: str, token: str, number: int, place: tuple[int, int, int, int]) -> NDArray[np.float32]:
     torch.set_num_threads(1)
     with _LOCK:
         run, stage, planes = _ready(folder, token, number, False)

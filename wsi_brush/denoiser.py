@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .condition import PLACES, ConditionMap, Setting
 from .field import mollifier_radius, mollify
 from .operators import (
     Block,
@@ -33,14 +34,12 @@ from .operators import (
     SelfAttention,
     interpolate,
     interpolate_at,
-    positional,
     splat,
     splat_at,
 )
 
 CELL = 8  # pixels between the points of the coarsest local lattice
 NODE = 32  # pixels between the nodes of the grid level
-_PLACES = 36  # positional features
 
 
 @dataclass(frozen=True)
@@ -61,63 +60,46 @@ class DenoiserConfig:
         return asdict(self)
 
     @property
-    def halo(self) -> int:
-        """Pixels around a tile that decide what `paint` and `sketch` say inside it; a multiple of CELL.
+    def reaches(self) -> tuple[int, int, int]:
+        """Pixels around the output that decide it, as features at 2, 4 and 8 pixels on the way up.
 
         Walks the local operators back from the output: each reads one cell further at its own pitch.
         """
         down, middle, up = self.depth
-        reach = 2 * (down + 1)
-        reach = _up(reach, 4) + 4 * middle
-        reach = _up(reach, CELL) + CELL * up
-        reach += 4 * middle + 2 * down + mollifier_radius(self.mollifier)
-        return _up(reach, CELL)
+        fine = _ceil(2 * (down + 1), 4)
+        mid = _ceil(fine + 4 * middle, CELL)
+        return fine, mid, mid + CELL * up
+
+    @property
+    def halo(self) -> int:
+        """Pixels around a tile that decide what `paint` says inside it; a multiple of CELL."""
+        down, middle, _ = self.depth
+        return _ceil(self.reaches[-1] + 4 * middle + 2 * down + mollifier_radius(self.mollifier), CELL)
+
+    @property
+    def sketch_halo(self) -> int:
+        """Pixels around a tile that decide what `sketch` says inside it; a multiple of NODE."""
+        return _ceil(CELL + mollifier_radius(self.mollifier), NODE)
 
 
-def _up(value: int, multiple: int) -> int:
+Around = tuple[int, int, int, int]
+"""Pixels at the top, left, bottom and right of a window."""
+
+
+def _left(around: Around, reach: int) -> Around:
+    """What is left of a window's margin once it was cut to `reach`."""
+    top, left, bottom, right = (min(side, reach) for side in around)
+    return top, left, bottom, right
+
+
+def _cut(u: Tensor, around: Around, reach: int, cell: int) -> Tensor:
+    """A window (n, rows, columns, c) of cells of `cell` pixels whose margin is cut to `reach` pixels."""
+    top, left, bottom, right = ((side - rest) // cell for side, rest in zip(around, _left(around, reach), strict=True))
+    return u[:, top : u.shape[1] - bottom, left : u.shape[2] - right] if top or left or bottom or right else u
+
+
+def _ceil(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-@dataclass(frozen=True)
-class ConditionMap:
-    """Embeddings of one pitch for a batch of scenes, in the scenes' own pixels.
-
-    values: (n, rows, columns, dim), zeros where absent; present: (n, rows, columns), 0 or 1; corner: (n, 2) row and
-    column of the first cell's outer corner in pixels; cell: side of a cell in pixels.
-    """
-
-    values: Tensor
-    present: Tensor
-    corner: Tensor
-    cell: float
-
-    def centres(self) -> tuple[Tensor, Tensor]:
-        """Rows (n, rows) and columns (n, columns) of the cells' centres, pixels."""
-        rows = self.corner[:, :1] + (torch.arange(self.values.shape[1]) + 0.5).to(self.corner) * self.cell
-        columns = self.corner[:, 1:] + (torch.arange(self.values.shape[2]) + 0.5).to(self.corner) * self.cell
-        return rows, columns
-
-
-@dataclass(frozen=True)
-class Setting:
-    """All that does not change within one evaluation: noise level, pitch, where the scene lies, what it shows.
-
-    signal: (n, signal); mpp: µm per pixel; origin: (n, 2) µm of the scenes' corner; tables: per set the projected
-    embeddings (n, rows, columns, channels); maps: where they lie; memory: sums of the sets for the cross-attention.
-    """
-
-    signal: Tensor
-    mpp: float
-    origin: Tensor
-    tables: list[Tensor]
-    maps: list[ConditionMap]
-    memory: list[Tensor]
-
-    def places(self, rows: Tensor, columns: Tensor, scene: int) -> Tensor:
-        """Positional features of places in pixels, (..., places)."""
-        return positional(
-            self.origin[scene, 0] + rows.double() * self.mpp, self.origin[scene, 1] + columns.double() * self.mpp
-        )
 
 
 class TokenParts(NamedTuple):
@@ -156,7 +138,7 @@ class Denoiser(nn.Module):
         self.embed = nn.ModuleList(nn.Linear(config.dim, four) for _ in range(config.sets))
         self.absent = nn.Parameter(torch.randn(config.sets, four) * 0.02)  # a cell without tissue
         self.unknown = nn.Parameter(torch.randn(config.sets, four) * 0.02)  # no condition: classifier-free guidance
-        self.place = nn.Linear(_PLACES, four)
+        self.place = nn.Linear(PLACES, four)
 
         self.sketch_in = nn.ModuleList([Coarsen(3, one // 2), Coarsen(one // 2, one), Coarsen(one, two)])
         self.sketch_block = blocks(two, 1)
@@ -192,7 +174,7 @@ class Denoiser(nn.Module):
         setting = Setting(self.signal(_signal(sigma, mpp)), mpp, origin, tables, condition, [])
         for table, lattice in zip(tables, condition, strict=True):
             rows, columns = lattice.centres()
-            place = torch.stack([self._places_one(setting, rows[s], columns[s], s) for s in range(len(rows))])
+            place = torch.stack([setting.places(rows[s], columns[s], s) for s in range(len(rows))])
             setting.memory.append((table + self.place(place)).flatten(1, 2))
         return setting
 
@@ -250,10 +232,11 @@ class Denoiser(nn.Module):
         """What nodes know of their neighbours: rows from `row` on of the sums and mass -> features and places."""
         at_rows = (row + torch.arange(total.shape[1], device=total.device)) * float(NODE)
         at_columns = torch.arange(total.shape[2], device=total.device) * float(NODE)
-        u = self.layout_in(total / mass.clamp_min(1e-6)) + self._read(setting, at_rows, at_columns)
+        u = self.layout_in(total / mass.clamp_min(1e-6)) + setting.read(at_rows, at_columns)
         for block in self.layout_blocks[: self.layout_halo[0]]:
             u = block(u, setting.signal)
-        return u, self._places(setting, at_rows, at_columns)
+        places = [setting.places(at_rows, at_columns, scene) for scene in range(len(total))]
+        return u, self.place(torch.stack(places))
 
     def layout_far(self, u: Tensor, place: Tensor, sums: Tensor, memory: list[Tensor], setting: Setting) -> Tensor:
         """And of all others: `sums` over all nodes, `memory` of the condition."""
@@ -286,46 +269,52 @@ class Denoiser(nn.Module):
         return found
 
     def paint(
-        self, x: Tensor, setting: Setting, grid: Tensor, memory: list[Tensor], *, corner: tuple[Tensor, Tensor],
-        node: tuple[int, int] = (0, 0),
-    ) -> Tensor:  # fmt: skip
+        self, x: Tensor, setting: Setting, grid: Tensor, memory: list[Tensor], *, corner: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """F at a window (n, 3, h, w), h and w multiples of CELL, whose corner lies at pixel `corner` = rows (n,),
-        columns (n,) of its scene, multiples of CELL; `node` is the first row and column of nodes in `grid`."""
-        u = mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous()
-        rows = (torch.arange(x.shape[2] // CELL, device=x.device) + 0.5) * CELL
-        columns = (torch.arange(x.shape[3] // CELL, device=x.device) + 0.5) * CELL
+        columns (n,) of its scene, multiples of CELL."""
+        return self.ascend(self.descend(x, setting), setting, grid, memory, corner=corner)
+
+    def descend(self, x: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+        """The first half of `paint`, which knows nothing of condition and layout: features at 2, 4 and 8 pixels."""
+        return self._down(mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous(), setting)
+
+    def ascend(
+        self, features: tuple[Tensor, Tensor, Tensor], setting: Setting, grid: Tensor, memory: list[Tensor], *,
+        corner: tuple[Tensor, Tensor], node: tuple[int, int] = (0, 0), around: Around = (0, 0, 0, 0),
+    ) -> Tensor:  # fmt: skip
+        """The second half. `node`: the first row and column of nodes in `grid`; `around`: pixels at the window's sides
+        (top, left, bottom, right; multiples of CELL) that are not wanted, and not in the result."""
+        deep = _cut(features[-1], around, self.config.reaches[-1], CELL)
+        top, left = (max(0, side - self.config.reaches[-1]) for side in around[:2])
+        rows = (torch.arange(deep.shape[1], device=deep.device) + 0.5) * CELL + top
+        columns = (torch.arange(deep.shape[2], device=deep.device) + 0.5) * CELL + left
         reads, places, gathered = [], [], []
-        for scene in range(len(x)):
+        for scene in range(len(deep)):
             at_rows, at_columns = rows + corner[0][scene], columns + corner[1][scene]
-            reads.append(self._read_one(setting, at_rows, at_columns, scene))
-            places.append(self._places_one(setting, at_rows, at_columns, scene))
+            reads.append(setting.read_scene(at_rows, at_columns, scene))
+            places.append(setting.places(at_rows, at_columns, scene))
             gathered.append(interpolate(grid[scene], at_rows / NODE - node[0], at_columns / NODE - node[1]))
         read, place, layout = torch.stack(reads), self.place(torch.stack(places)), torch.stack(gathered)
-        out = self._paint(u, setting, read + self.gather(layout), place, memory)
-        return out.permute(0, 3, 1, 2)
+        given = read + self.gather(layout)
+        return self._up((*features[:2], deep), setting, given, place, memory, around=around).permute(0, 3, 1, 2)
 
     def paint_points(self, u: Tensor, scatter: Scatter, setting: Setting, grid: Tensor, memory: list[Tensor]) -> Tensor:
         """F at scattered points: mollified values (points, 3) -> (points, 3)."""
         cells = scatter.levels[-1]
         read, place, layout = (
-            u.new_zeros(len(cells.keys), width) for width in (grid.shape[-1], _PLACES, grid.shape[-1])
+            u.new_zeros(len(cells.keys), width) for width in (grid.shape[-1], PLACES, grid.shape[-1])
         )
         for scene in range(len(grid)):
             mine = (cells.scene == scene).nonzero()[:, 0]
             rows, columns = ((at[mine] + 0.5) * CELL for at in (cells.rows, cells.columns))
-            total = sum(
-                interpolate_at(table[scene], *_in_cells(lattice, rows, columns, scene))
-                for table, lattice in zip(setting.tables, setting.maps, strict=True)
-            )
-            read = read.index_copy(0, mine, torch.as_tensor(total))
-            place = place.index_copy(0, mine, setting.places(rows, columns, scene))
+            read = read.index_copy(0, mine, setting.read_points(rows, columns, scene))
+            place = place.index_copy(0, mine, setting.places_of_points(rows, columns, scene))
             layout = layout.index_copy(0, mine, interpolate_at(grid[scene], rows / NODE, columns / NODE))
-        return self._paint(u, setting, read + self.gather(layout), self.place(place), memory, scatter)
+        down = self._down(u, setting, scatter)
+        return self._up(down, setting, read + self.gather(layout), self.place(place), memory, scatter)
 
-    def _paint(
-        self, u: Tensor, setting: Setting, given: Tensor, place: Tensor, memory: list[Tensor],
-        scatter: Scatter | None = None,
-    ) -> Tensor:  # fmt: skip
+    def _down(self, u: Tensor, setting: Setting, scatter: Scatter | None = None) -> tuple[Tensor, Tensor, Tensor]:
         at2, at4, at8 = scatter.levels if scatter is not None else (None, None, None)
         fine = self.enter2(u, at2)
         for block in self.down2:
@@ -333,38 +322,30 @@ class Denoiser(nn.Module):
         mid = self.enter4(fine, at4)
         for block in self.down4:
             mid = block(mid, setting.signal, at4)
-        u = self.enter8(mid, at8) + given
+        return fine, mid, self.enter8(mid, at8)
+
+    def _up(
+        self, features: tuple[Tensor, Tensor, Tensor], setting: Setting, given: Tensor, place: Tensor,
+        memory: list[Tensor], scatter: Scatter | None = None, *, around: Around = (0, 0, 0, 0),
+    ) -> Tensor:  # fmt: skip
+        at2, at4, at8 = scatter.levels if scatter is not None else (None, None, None)
+        (fine, mid, u), (fine_reach, mid_reach, reach) = features, self.config.reaches
+        u = u + given
         for depth, block in enumerate(self.middle8):
             u = block(u, setting.signal, at8)
+            # every operator leaves out what lies further off than those to come can see
+            u, place = (_cut(one, _left(around, reach), reach - CELL, CELL).contiguous() for one in (u, place))
+            reach -= CELL
             if depth == max(len(self.middle8) // 2, 1) - 1:
                 u = self.cross8(u, place, memory, at8)
-        mid = mid + self.leave8(u, at8)
+        mid = _cut(mid, around, mid_reach, 4) + self.leave8(u, at8)
         for block in self.up4:
             mid = block(mid, setting.signal, at4)
-        fine = fine + self.leave4(mid, at4)
+        fine = _cut(fine, around, fine_reach, 2) + self.leave4(_cut(mid, _left(around, mid_reach), fine_reach, 4), at4)
         for block in self.up2:
             fine = block(fine, setting.signal, at2)
-        out: Tensor = self.leave2(fine, at2)
+        out: Tensor = self.leave2(_cut(fine, _left(around, fine_reach), 0, 2), at2)
         return out
-
-    # -- reading the condition -----------------------------------------------------------------------------
-
-    def _read_one(self, setting: Setting, rows: Tensor, columns: Tensor, scene: int) -> Tensor:
-        total = torch.zeros(len(rows), len(columns), setting.tables[0].shape[-1], device=rows.device)
-        for table, lattice in zip(setting.tables, setting.maps, strict=True):
-            total = total + interpolate(table[scene], *_in_cells(lattice, rows, columns, scene))
-        return total
-
-    def _places_one(self, setting: Setting, rows: Tensor, columns: Tensor, scene: int) -> Tensor:
-        return setting.places(rows[:, None] + 0 * columns, 0 * rows[:, None] + columns, scene)
-
-    def _read(self, setting: Setting, rows: Tensor, columns: Tensor) -> Tensor:
-        return torch.stack([self._read_one(setting, rows, columns, s) for s in range(len(setting.signal))])
-
-    def _places(self, setting: Setting, rows: Tensor, columns: Tensor) -> Tensor:
-        waves = [self._places_one(setting, rows, columns, s) for s in range(len(setting.signal))]
-        place: Tensor = self.place(torch.stack(waves))
-        return place
 
 
 def node_mass(scenes: int, rows: int, columns: int) -> Tensor:
@@ -377,12 +358,6 @@ def node_mass(scenes: int, rows: int, columns: int) -> Tensor:
     for edge in (down, across):
         edge[[0, -1]] = side / 2
     return (down[:, None] * across).expand(scenes, -1, -1)[..., None]
-
-
-def _in_cells(lattice: ConditionMap, rows: Tensor, columns: Tensor, scene: int) -> tuple[Tensor, Tensor]:
-    """Pixels of a scene as positions on an embedding lattice, 0 at the first cell's centre."""
-    corner = lattice.corner[scene]
-    return (rows - corner[0]) / lattice.cell - 0.5, (columns - corner[1]) / lattice.cell - 0.5
 
 
 def _signal(sigma: Tensor, mpp: float) -> Tensor:

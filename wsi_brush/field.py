@@ -84,8 +84,8 @@ def mollify(image: Tensor, width: float) -> Tensor:
         length = image.shape[axis]
         padded = functional.pad(image, pads)
         total = torch.zeros_like(image)
-        for offset, tap in enumerate(taps):
-            total = total + tap * padded.narrow(axis, offset, length)
+        for offset, tap in enumerate(taps.tolist()):
+            total.add_(padded.narrow(axis, offset, length), alpha=tap)
         here = functional.pad(torch.ones(length, dtype=torch.float64, device=image.device), (radius, radius))
         mass = sum(tap.double() * here[offset : offset + length] for offset, tap in enumerate(taps))
         scale = torch.as_tensor(taps.double().sum() / mass).to(image.dtype)

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .condition import ConditionMap, Setting
 from .coordinates import Scenes
-from .denoiser import CELL, NODE, ConditionMap, Denoiser, Setting, node_mass
+from .denoiser import CELL, NODE, Denoiser, node_mass
 from .diffusion import Ladder, Objective, coefficients, loss
 from .field import mollifier, mollifier_radius
 from .operators import Scatter, nodes

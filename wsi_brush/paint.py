@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from .brush import Brush
-from .diffusion import Ladder, Move, Solver, finer, moves
+from .diffusion import Ladder, Move, Solver, finer, moves, ramped
 from .errors import MachineError, UsageError
 from .field import NoiseField
 from .grid import Grid
@@ -62,7 +63,7 @@ class Painting:
 class Hands(Protocol):
     """Others who do the tiles of a sweep; `number` is that of the stage, counted from 1."""
 
-    def sketch(self, number: int, tiles: Iterable[Grid]) -> Iterable[tuple[Grid, list[NDArray[np.float32]]]]:
+    def sketch(self, number: int, tiles: Iterable[Grid]) -> Iterable[tuple[Grid, NDArray[np.float32]]]:
         """Sweep A."""
         ...
 
@@ -84,14 +85,20 @@ class Stage(NamedTuple):
 
 def stages(ladder: Ladder, painting: Painting) -> list[Stage]:
     """The stages of a painting; `ladder` starts at the canvas's pitch."""
-    found, sigma = [], 0.0
+    found: list[Stage] = []
+    sigma, before = 0.0, None
     for index, rung in enumerate(ladder.rungs(painting.steps, progressive=painting.progressive)):
         level = ladder.pitches.index(rung.mpp)
         found.append(Stage(level, rung.mpp, sigma if index else rung.sigmas[0], None))
-        steps = moves(rung.sigmas, painting.solver, stream=1000 * (index + 1))
+        steps = moves(rung.sigmas, painting.solver, stream=1000 * (index + 1), before=before)
         found += [Stage(level, rung.mpp, move.sigma, move) for move in steps]
-        sigma = rung.sigmas[-1]
+        sigma, before = rung.sigmas[-1], 2 * steps[-1].sigma
     return found
+
+
+def wants_before(stage: Stage) -> bool:
+    """Whether a stage reads the last evaluation: a finer pitch begins with its slopes, a multistep move with itself."""
+    return stage.move is None or stage.move.old != 0
 
 
 def guidance_at(painting: Painting, mpp: float) -> float:
@@ -168,8 +175,7 @@ def paint_canvas(
     saved = time.monotonic()
     try:
         for number, stage in enumerate(todo[done:], done + 1):
-            following = todo[number].move if number < len(todo) else None
-            keep = following is not None and following.old != 0
+            keep = number < len(todo) and wants_before(todo[number])
             if work is not None and on_disk:
                 with work.generation(number) as folder:
                     run.after(stage, planes, folder, keep=keep, number=number, hands=hands)
@@ -237,19 +243,20 @@ class Run:
         grid = self._area.level(stage.level)
         place = Grid(grid.mpp, grid.top + tile.top, grid.left + tile.left, *tile.shape)
         if stage.move is None:
-            return {"x": self._entered(stage, planes, tile, place)}
+            return self._entered(stage, planes, tile, place)
         state, image = self.denoiser(stage).image(planes["x"], tile)
         before = read_plane(planes["image"], tile) if stage.move.old else None
         noise = self._field.read(place, stream=stage.move.stream) if stage.move.fresh else None
         return {"x": stage.move.of(state, image, before, noise), "image": image}
 
-    def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid, place: Grid) -> Tensor:
-        """Noise where nothing is yet, else the coarser state made finer."""
+    def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid, place: Grid) -> dict[str, Tensor]:
+        """Noise where nothing is yet, else the coarser state and its last evaluation made finer."""
         if stage.level == self._top:
-            return stage.sigma * self._field.read(place)
-        coarse = read_plane(planes["x"], tile.level(1))
+            return {"x": stage.sigma * self._field.read(place)}
+        below = tile.level(1)
+        coarse, image = read_plane(planes["x"], below), ramped(_with_neighbours(planes["image"], below))
         noise = self._field.read(place, stream=1 + stage.level)
-        return finer(coarse, stage.sigma, self._details[stage.level], noise)
+        return {"x": finer(coarse, stage.sigma, self._details[stage.level], noise, image), "image": image}
 
     def denoiser(self, stage: Stage) -> CanvasDenoiser:
         """The denoiser of the stage's pitch."""
@@ -264,6 +271,19 @@ class Run:
             )  # fmt: skip
             self._denoise = stage.level, made
         return self._denoise[1]
+
+
+def _with_neighbours(plane: Plane, tile: Grid) -> Tensor:
+    """A tile and one pixel around it; beyond the canvas its edge goes on."""
+    around = tile.pad(1)
+    inside = around.clip(Grid(tile.mpp, 0, 0, *plane.shape[1:]))
+    beyond = (
+        inside.left - around.left,
+        around.right - inside.right,
+        inside.top - around.top,
+        around.bottom - inside.bottom,
+    )
+    return functional.pad(read_plane(plane, inside)[None], beyond, mode="replicate")[0]
 
 
 def write_tile(planes: Mapping[str, Plane], tile: Grid, values: Mapping[str, Tensor]) -> None:

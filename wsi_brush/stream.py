@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .brush import Brush
-from .denoiser import NODE, ConditionMap, TokenParts, node_mass
+from .condition import ConditionMap
+from .denoiser import NODE, TokenParts, node_mass
 from .diffusion import coefficients
 from .errors import RefusedError
 from .grid import Grid
@@ -35,12 +36,12 @@ from .store import EmbeddingMap
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-TILE = 768
+TILE = 1024
 """Side of a tile, pixels; a multiple of NODE."""
 STRIP = 32  # rows of nodes that the grid level takes at once
 
 
-Sweep = Callable[[Iterable[Grid]], Iterable[tuple[Grid, list[NDArray[np.float32]]]]]
+Sweep = Callable[[Iterable[Grid]], Iterable[tuple[Grid, NDArray[np.float32]]]]
 """Has tiles sketched, by whatever hands: tiles and their nodes, in any order."""
 
 
@@ -59,11 +60,12 @@ class CanvasDenoiser:
     ) -> None:  # fmt: skip
         if tile < NODE or tile % NODE:
             raise ValueError(f"tiles are multiples of {NODE} pixels, not {tile}")
-        self._guidance, self._tile, self._halo = guidance, tile, brush.denoiser.config.halo
+        self._net, self._guidance, self._tile, self._folder = brush.denoiser, guidance, tile, folder
         condition = brush.condition(maps, canvas, mpp)
         known = (True,) if guidance == 1 else (True, False)
         self._asked = [_Asked(brush, condition, mpp, known=k, folder=folder and folder / f"grid-{k}") for k in known]
-        self._sigma = 0.0
+        self._nodes: Plane | None = None
+        self._sigma, self._into = 0.0, 0.0
 
     def prepare(self, x: Plane, sigma: float, sweep: Sweep | None = None) -> None:
         """Sweep A and the grid level, for the state x, whose noise is `sigma`; then `image` may be asked.
@@ -77,27 +79,35 @@ class CanvasDenoiser:
             raise ValueError(f"a state of {x.shape[1]} x {x.shape[2]} pixels; sides are multiples of {NODE}")
         self.at(sigma)
         tiles = self.tiles(x)
+        canvas = _canvas(x)
+        if self._nodes is None:
+            size = canvas.height // NODE + 1, canvas.width // NODE + 1
+            self._nodes = new_plane(
+                (*size, 2 * self._net.config.width), self._folder, "nodes", axes=(0, 1), chunk=STRIP
+            )
         for tile, found in sweep(tiles) if sweep else side_by_side(partial(self.sketch, x), tiles):
-            for asked, nodes_found in zip(self._asked, found, strict=True):
-                asked.keep(x, tile, nodes_found)
+            self._nodes[_own_nodes(tile, canvas)] = found
         for asked in self._asked:
-            asked.lay_out()
+            asked.lay_out(self._nodes)
 
     def at(self, sigma: float) -> None:
         """What follows is asked at this noise level."""
-        self._sigma = sigma
+        self._sigma, self._into = sigma, coefficients(torch.tensor(sigma))[2].item()
         for asked in self._asked:
             asked.at(sigma)
 
-    def sketch(self, x: Plane, tile: Grid) -> list[NDArray[np.float32]]:
-        """Sweep A at one tile: its nodes (rows, columns, c), as asked with the condition and without."""
+    @torch.inference_mode()
+    def sketch(self, x: Plane, tile: Grid) -> NDArray[np.float32]:
+        """Sweep A at one tile: its nodes (rows, columns, c), complete, from the blocks around each."""
         canvas = _canvas(x)
-        halo = -(-self._halo // NODE) * NODE  # windows of whole blocks
         around = Grid(tile.mpp, tile.top - NODE, tile.left - NODE, tile.height + NODE, tile.width + NODE)
         inner = around.clip(canvas)
-        window = inner.pad(halo).clip(canvas)
-        state = read_plane(x, window)
-        return [asked.sketch(state, window, inner, _own_nodes(tile, canvas)) for asked in self._asked]
+        window = inner.pad(self._net.config.sketch_halo).clip(canvas)
+        blocks = self._net.sketch(read_plane(x, window)[None] * self._into, self._asked[0].setting)
+        found = nodes(blocks[:, *_in_blocks(inner.within(window))])[0]
+        rows, columns = _own_nodes(tile, canvas)
+        first, second = inner.top // NODE, inner.left // NODE
+        return found[rows.start - first : rows.stop - first, columns.start - second : columns.stop - second].numpy()
 
     def save_memory(self, path: Path) -> None:
         """What `image` needs besides the features in `folder`, for another process's `load_memory`."""
@@ -110,13 +120,15 @@ class CanvasDenoiser:
             asked.memory = [kept[f"{k}.{index}"] for index in range(len(kept) // len(self._asked))]
             asked.open_features()
 
+    @torch.inference_mode()
     def image(self, x: Plane, tile: Grid) -> tuple[Tensor, Tensor]:
         """Sweep B at one tile, counted from the canvas's corner: the state there, and its image, (3, h, w) each."""
-        window = tile.pad(self._halo).clip(_canvas(x))
+        window = tile.pad(self._net.config.halo).clip(_canvas(x))
         rows, columns = tile.within(window)
         around = read_plane(x, window)
         state = around[:, rows, columns]
-        said = [asked.paint(around, window)[:, rows, columns] for asked in self._asked]
+        features = self._net.descend(around[None] * self._into, self._asked[0].setting)
+        said = [asked.paint(features, window, tile) for asked in self._asked]
         skip, out, _ = (value.item() for value in coefficients(torch.tensor(self._sigma)))
         velocity = said[0] if len(said) == 1 else torch.lerp(said[1], said[0], self._guidance)
         return state, skip * state + out * velocity
@@ -143,86 +155,66 @@ class _Asked:
     ) -> None:
         self._net, self._folder = brush.denoiser, folder
         self._grid: Plane | None = None
-        self._nodes: Plane | None = None
         with torch.inference_mode(), _alone():
             origin = torch.zeros(1, 2, dtype=torch.float64)
-            self._setting = self._net.setting(
+            self.setting = self._net.setting(
                 torch.ones(1), mpp, condition, origin=origin, known=torch.tensor([float(known)])
             )
-            self._layout_memory = self._net.layout_cross.remember(self._setting.memory)
-            self._paint_memory = self._net.condition_memory(self._setting)
+            self._layout_memory = self._net.layout_cross.remember(self.setting.memory)
+            self._paint_memory = self._net.condition_memory(self.setting)
         self.memory: list[Tensor] = []
 
     @torch.inference_mode()
     def at(self, sigma: float) -> None:
-        self._into = coefficients(torch.tensor(sigma))[2].item()
         with _alone():
-            self._setting = self._net.at(self._setting, torch.full((1,), sigma))
-
-    @torch.inference_mode()
-    def sketch(self, state: Tensor, window: Grid, inner: Grid, own: tuple[slice, slice]) -> NDArray[np.float32]:
-        """A tile's `own` nodes, complete: from the blocks around each, which are `inner`."""
-        blocks = self._net.sketch(state[None] * self._into, self._setting)
-        found = nodes(blocks[:, *_in_blocks(inner.within(window))])[0]
-        rows, columns = own
-        first, second = inner.top // NODE, inner.left // NODE
-        return found[rows.start - first : rows.stop - first, columns.start - second : columns.stop - second].numpy()
-
-    def keep(self, x: Plane, tile: Grid, found: NDArray[np.float32]) -> None:
-        """Note the nodes of a tile."""
-        canvas, width = _canvas(x), self._net.config.width
-        if self._nodes is None:
-            size = canvas.height // NODE + 1, canvas.width // NODE + 1
-            self._nodes = new_plane((*size, 2 * width), self._folder, "nodes", axes=(0, 1), chunk=STRIP)
-            self._grid = new_plane((*size, 4 * width), self._folder, "features", axes=(0, 1), chunk=STRIP)
-        self._nodes[_own_nodes(tile, canvas)] = found
+            self.setting = self._net.at(self.setting, torch.full((1,), sigma))
 
     def open_features(self) -> None:
         assert self._folder is not None
         self._grid = open_plane(self._folder / "features")
 
     @torch.inference_mode()
-    def lay_out(self) -> None:
+    def lay_out(self, nodes: Plane) -> None:
         """The grid level, from the nodes of all tiles."""
+        if self._grid is None:
+            shape = (*nodes.shape[:2], 4 * self._net.config.width)
+            self._grid = new_plane(shape, self._folder, "features", axes=(0, 1), chunk=STRIP)
         with _alone():
-            self._lay_out()
+            self._lay_out(nodes, self._grid)
 
-    def _lay_out(self) -> None:
-        assert self._nodes is not None
-        assert self._grid is not None
-        net, rows, columns = self._net, self._nodes.shape[0], self._nodes.shape[1]
+    def _lay_out(self, nodes: Plane, grid: Plane) -> None:
+        net, rows, columns = self._net, nodes.shape[0], nodes.shape[1]
         near, far = net.layout_halo
         mass = node_mass(1, rows - 1, columns - 1)
         weights = mass[..., 0] / mass.max().clamp_min(1e-6)
         sums = torch.zeros((), dtype=torch.float64)
         for strip, window in _strips(rows, near):
-            u, place = self._near(mass, window)
+            u, place = self._near(nodes, mass, window)
             inside = slice(strip.start - window.start, strip.stop - window.start)
             sums = sums + net.layout_self.part(u[:, inside], place[:, inside], weights[:, strip])
         parts = []
         for strip, window in _strips(rows, near + far):
-            u, place = self._near(mass, window)
-            u = net.layout_far(u, place, sums.float(), self._layout_memory, self._setting)
+            u, place = self._near(nodes, mass, window)
+            u = net.layout_far(u, place, sums.float(), self._layout_memory, self.setting)
             u = u[:, strip.start - window.start : strip.stop - window.start]
             parts.append(net.token_parts(u))
-            self._grid[strip] = u[0].numpy()
+            grid[strip] = u[0].numpy()
         self.memory = [*self._paint_memory, net.token_memory(TokenParts.joined(parts))]
 
-    def _near(self, mass: Tensor, window: slice) -> tuple[Tensor, Tensor]:
-        assert self._nodes is not None
-        total = _read(self._nodes, window)[None]
-        return self._net.layout_near(total, mass[:, window], self._setting, row=window.start)
+    def _near(self, nodes: Plane, mass: Tensor, window: slice) -> tuple[Tensor, Tensor]:
+        total = _read(nodes, window)[None]
+        return self._net.layout_near(total, mass[:, window], self.setting, row=window.start)
 
-    @torch.inference_mode()
-    def paint(self, state: Tensor, window: Grid) -> Tensor:
-        """What the operator says in a window, (3, h, w); right where its halo is inside, or the canvas ends."""
+    def paint(self, features: tuple[Tensor, Tensor, Tensor], window: Grid, tile: Grid) -> Tensor:
+        """What the operator says in a tile, (3, h, w), from the features of a window that its halo surrounds."""
         assert self._grid is not None
         top, left = window.top // NODE, window.left // NODE
         bottom, right = -(-window.bottom // NODE) + 1, -(-window.right // NODE) + 1
         grid = _read(self._grid, (slice(top, bottom), slice(left, right)))[None]
         corner = (torch.tensor([float(window.top)]), torch.tensor([float(window.left)]))
-        said = self._net.paint(
-            state[None] * self._into, self._setting, grid, self.memory, corner=corner, node=(top, left)
+        around = tile.top - window.top, tile.left - window.left, window.bottom - tile.bottom, window.right - tile.right
+        said = self._net.ascend(
+            features, self.setting, grid, self.memory, corner=corner, node=(top, left), around=around
         )
         return said[0]
 
