@@ -25,6 +25,7 @@ from torch import Tensor
 from .errors import UsageError
 
 Objective = Literal["v", "x0"]
+_DENSITY = (1.0, 1.5, 4.0)  # steps a pitch, finest first, over its part of all; the last for all others
 SIGMA_DATA = 0.5  # root mean square of an H&E image in [-1, 1], every pitch
 
 
@@ -106,8 +107,8 @@ class Ladder:
     def rungs(self, steps: int, *, progressive: bool = True) -> list[Rung]:
         """Where the solver evaluates, evenly spaced in log-SNR at each pitch; coarsest pitch first.
 
-        The finest pitch has its part of `steps` over the whole range, the next twice as many as its part, all others
-        four times: there an evaluation costs a quarter, a sixteenth, ..., and layout and nuclei are decided there.
+        The finest pitch has its part of `steps` over the whole range, the next half as many again, all others four
+        times as many: there an evaluation costs a quarter, a sixteenth, ..., and layout and nuclei are decided there.
         Not progressive: the finest pitch does all of it, in `steps` evaluations from the same start.
         """
         top = len(self.pitches) - 1
@@ -119,7 +120,7 @@ class Ladder:
         rungs = []
         for level in range(top, -1, -1):
             low, high = spans[level]
-            count = max(1, round(min(2**level, 4) * steps * math.log(high / low) / total))
+            count = max(1, round(_DENSITY[min(level, 2)] * steps * math.log(high / low) / total))
             ends = (*_geometric(high, low, count), 0.0) if level == 0 else _geometric(high, low, count + 1)
             rungs.append(Rung(self.pitches[level], ends))
         return rungs

@@ -115,7 +115,8 @@ class _Run:
             _start_from(load_brush(o.start), self.denoiser)
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False)
         self.optimisers = optimisers(self.denoiser, rate=o.rate, decay=o.decay)
-        self.ladder = Ladder(tuple(pack.about["pitches"]), tuple(pack.about["details"]), tolerance=o.tolerance)
+        pitches, details = (tuple(pack.about[name]) for name in ("pitches", "details"))
+        self.ladder = Ladder(pitches, details, tolerance=o.tolerance, sigma_min=o.sigma_min)
         sizes = {"shares": config.data.shares, "sizes": config.data.sizes, "window": config.data.window}
         self.sampler = CoordinateSampler(pack, **sizes, points=config.data.points, seed=o.seed)  # type: ignore[arg-type]
         self._side_by_side: ThreadPoolExecutor | None = None
