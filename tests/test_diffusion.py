@@ -122,7 +122,7 @@ def test_rungs_follow_on_each_other(ladder: Ladder, steps: int) -> None:
         low, high = ladder.span(level)
         assert rung.sigmas[0] == pytest.approx(high)
         assert rung.sigmas[-1] == (0 if level == 0 else pytest.approx(low))
-    spread = sum((len(rung.sigmas) - 1) / (1, 1.5, 4, 4, 4)[level] for level, rung in enumerate(reversed(rungs)))
+    spread = sum((len(rung.sigmas) - 1) / (1, 1.5, *[4] * 9)[level] for level, rung in enumerate(reversed(rungs)))
     assert abs(spread - steps) <= (len(rungs) + 1) / 2 + sum(len(rung.sigmas) == 2 for rung in rungs)
 
 

@@ -28,8 +28,9 @@ from wsi_brush.brush import Brush
 from wsi_brush.embed import embed_region
 from wsi_brush.encoder import Encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
+from wsi_brush.estimate import painting_seconds
 from wsi_brush.grid import Grid
-from wsi_brush.paint import Painting, budget, estimate_seconds, evaluated_pixels, paint_canvas
+from wsi_brush.paint import Painting, budget, evaluated_pixels, guidance_at, paint_canvas, stages, wants_before
 from wsi_brush.slide import Slide, open_slide
 from wsi_brush.synthesize import MARK, as_pixels, choose_canvas, compare, synthesize_slide
 from wsi_brush.tissue import Tissue, find_tissue
@@ -206,10 +207,29 @@ class TestPaint:
         assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
         assert told[-1][1] == total
 
+    def test_guidance_is_for_the_same_noise_whatever_the_pitch(self, brush: Brush) -> None:
+        for progressive in (True, False):
+            painting = Painting(steps=40, guidance=3.0, progressive=progressive)
+            found = {
+                stage.sigma * stage.mpp: guidance_at(painting, stage)
+                for stage in stages(brush.ladder, painting)
+                if stage.move is not None
+            }
+            assert {value for noise, value in found.items() if noise > 0.31} == {3.0}
+            assert {value for noise, value in found.items() if noise < 0.29} == {1.0}
+
+    def test_what_reads_the_evaluation_before(self, brush: Brush) -> None:
+        """Every entry to a finer pitch, for its slopes; of the moves those of a multistep solver but first and last."""
+        for solver, moves_do in (("2m", True), ("ddim", False)):
+            _, *todo = stages(brush.ladder, quick(solver=solver))
+            assert all(wants_before(stage) for stage in todo if stage.move is None)
+            moves = [wants_before(stage) for stage in todo if stage.move is not None]
+            assert moves == [False, *[moves_do] * (len(moves) - 2), False]
+
     def test_a_wider_canvas_is_estimated_longer(self, brush: Brush) -> None:
-        small = estimate_seconds(brush, Grid(0.5, 0, 0, 512, 512), quick())
+        small = painting_seconds(brush, Grid(0.5, 0, 0, 512, 512), quick())
         assert small > 0
-        assert estimate_seconds(brush, Grid(0.5, 0, 0, 4096, 4096), quick()) > 8 * small
+        assert painting_seconds(brush, Grid(0.5, 0, 0, 4096, 4096), quick()) > 8 * small
 
 
 class TestSlide:

@@ -29,6 +29,7 @@ The modules, in the order of the data; a module imports only what stands above i
     train         verb: pack -> brush
     stream        one denoising step over a canvas of any size, tile by tile
     paint         all steps of all pitches: a canvas from noise to image
+    estimate      how long a painting will take here
     cluster       the tiles of a sweep on a Dask cluster
     pyramid       Pyramid: an OME-Zarr slide being written
     synthesize    verb: brush + reference -> pyramid

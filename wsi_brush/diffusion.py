@@ -104,6 +104,20 @@ class Ladder:
         """The noise levels (low, high) that the solver visits at a pitch."""
         return (self.entry(level - 1) / 2 if level else self.sigma_min), self.entry(level)
 
+    def budget(self) -> list[str]:
+        """What each hand-over may cost, in words: the detail that is drawn blind, as if it were noise.
+
+        Its divergence from the truth is at most log(1 + SNR) / 2 nats for each value of the detail.
+        """
+        found = []
+        for level in range(len(self.pitches) - 2, -1, -1):
+            ratio = (self.details[level] / self.entry(level)) ** 2
+            found.append(
+                f"{self.pitches[level + 1]:g} -> {self.pitches[level]:g} µm at σ {self.entry(level):.2f}: detail "
+                f"{100 * ratio:.1f} % of the noise, at most {math.log1p(ratio) / 2:.4f} nats a value"
+            )
+        return found
+
     def rungs(self, steps: int, *, progressive: bool = True) -> list[Rung]:
         """Where the solver evaluates, evenly spaced in log-SNR at each pitch; coarsest pitch first.
 

@@ -33,10 +33,10 @@ Tell = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 SAVE_EVERY = 60.0
 """Seconds between two generations on disk of a state that is in memory."""
-_GUIDED_FROM = 1.0  # µm; finer, guidance changed nothing that was seen, and would double the time
+_GUIDED_FROM = 0.3  # noise of a mean over 1 µm²; below, guidance changed nothing that was seen, and takes more time
 _PIXEL = 12  # bytes of one pixel of a plane
 _BASE = 900_000_000  # bytes of a process that has torch, brush, encoder and the slide's libraries loaded
-_WINDOW = 1200  # bytes that the operator takes for a pixel of its window, measured from 512 to 896 pixels a side
+_WINDOW = 450  # bytes that the operator takes for a pixel of its window, measured from 640 to 1152 pixels a side
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Painting:
     """What is to be painted, and how.
 
     `region`: (top, left, height, width) in level-0 pixels of the reference; else the `size` x `size` pixels at
-    `mpp` with the most tissue. `guidance` is for pitches from 1 µm on. `memory`: bytes that all of it may take; a
+    `mpp` with the most tissue. `guidance` is for high noise. `memory`: bytes that all of it may take; a
     state that does not fit is on disk.
     """
 
@@ -101,12 +101,12 @@ def wants_before(stage: Stage) -> bool:
     return stage.move is None or stage.move.old != 0
 
 
-def guidance_at(painting: Painting, mpp: float) -> float:
-    """How strongly the embeddings are followed at a pitch: guidance is for what they decide, not for fine detail.
+def guidance_at(painting: Painting, stage: Stage) -> float:
+    """How strongly the embeddings are followed at a stage: guidance is for what they decide, not for fine detail.
 
     Kynkäänniemi et al. (2024) found the same for low noise levels.
     """
-    return painting.guidance if mpp >= _GUIDED_FROM else 1.0
+    return painting.guidance if stage.sigma * stage.mpp >= _GUIDED_FROM else 1.0
 
 
 def whole(canvas: Grid, ladder: Ladder) -> Grid:
@@ -131,7 +131,7 @@ def budget(painting: Painting, *, halo: int) -> tuple[int, int]:
     Raises:
         UsageError: if it is too little for the smallest tile.
     """
-    sides = [side for side in (768, 512, 256, 128) if side <= painting.tile] or [painting.tile]
+    sides = [side for side in (1024, 768, 512, 256, 128) if side <= painting.tile] or [painting.tile]
     needs = [_BASE + torch.get_num_threads() * _WINDOW * (side + 2 * halo) ** 2 for side in sides]
     for side, need in zip(sides, needs, strict=True):
         if need <= painting.memory:
@@ -207,7 +207,7 @@ class Run:
         self._details, self._top = ladder.details, len(ladder.pitches) - 1 if painting.progressive else 0
         self._grid_folder, self._owner = grid_folder, owner
         self._field = NoiseField(painting.seed)
-        self._denoise: tuple[int, CanvasDenoiser] | None = None
+        self._denoise: tuple[tuple[int, float], CanvasDenoiser] | None = None
         self.count: Callable[[int], None] = lambda pixels: None
 
     def after(
@@ -259,17 +259,17 @@ class Run:
         return {"x": finer(coarse, stage.sigma, self._details[stage.level], noise, image), "image": image}
 
     def denoiser(self, stage: Stage) -> CanvasDenoiser:
-        """The denoiser of the stage's pitch."""
-        if self._denoise is None or self._denoise[0] != stage.level:
+        """The denoiser of the stage's pitch and guidance."""
+        key = stage.level, guidance_at(self._painting, stage)
+        if self._denoise is None or self._denoise[0] != key:
             if self._grid_folder is not None and self._owner:
                 shutil.rmtree(self._grid_folder, ignore_errors=True)
             self._denoise = None  # before another is made: each holds the embeddings of the canvas
-            p = self._painting
             made = CanvasDenoiser(
-                self._brush, self._maps, self._area, mpp=stage.mpp, guidance=guidance_at(p, stage.mpp), tile=p.tile,
+                self._brush, self._maps, self._area, mpp=stage.mpp, guidance=key[1], tile=self._painting.tile,
                 folder=self._grid_folder,
             )  # fmt: skip
-            self._denoise = stage.level, made
+            self._denoise = key, made
         return self._denoise[1]
 
 
@@ -302,38 +302,6 @@ class _Count:
         self._done += pixels
         if self._tell is not None:
             self._tell("painting", self._done, self._total)
-
-
-def estimate_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
-    """How long painting will take here, from one evaluation of a few tiles. About right on an idle machine.
-
-    Raises:
-        UsageError: if the brush does not paint at that pitch, or the memory is too little.
-    """
-    ladder, halo = brush.ladder.starting_at(canvas.mpp), brush.denoiser.config.halo
-    tile, area = budget(painting, halo=halo)[0], whole(canvas, ladder)
-    total = sum(
-        _window_pixels(area.level(stage.level), tile, halo) * (1 if guidance_at(painting, stage.mpp) == 1 else 2)
-        for stage in stages(ladder, painting)
-        if stage.move
-    )
-    square = Grid(canvas.mpp, 0, 0, 384, 384 * torch.get_num_threads())
-    maps = {}
-    for mpp in brush.pitches:
-        lattice = square.at(brush.about["tile"] * mpp)
-        values = np.zeros((*lattice.shape, brush.denoiser.config.dim), np.float32)
-        maps[mpp] = EmbeddingMap(mpp, lattice, values)
-    denoise = CanvasDenoiser(brush, maps, square, mpp=canvas.mpp, guidance=1.0, tile=384)
-    state = torch.zeros(3, *square.shape)
-    denoise(state, 1.0)  # the first one also warms up
-    start = time.perf_counter()
-    denoise(state, 1.0)
-    return (time.perf_counter() - start) * total / _window_pixels(square, 384, halo)
-
-
-def _window_pixels(area: Grid, tile: int, halo: int) -> int:
-    """Pixels of all windows of a sweep: the tiles with their halos."""
-    return sum(_pixels(part.pad(halo).clip(area)) for part in area.tiles(tile))
 
 
 def _pixels(grid: Grid) -> int:

@@ -1,17 +1,20 @@
 """What painting costs: against its arithmetic floor, against the finest pitch alone, against the parent's way.
 
-    OMP_WAIT_POLICY=passive python tests/benchmarks/painting.py [parts] [progressive] [parent] [size] [memory]
+    OMP_WAIT_POLICY=passive python tests/benchmarks/painting.py [parts] [progressive] [parent] [size] [--ref SLIDE]
 
 Every figure is a ratio to a rival or a floor of the same run; nothing here is a test. `parts`: one evaluation, sweep by
-sweep, over counted FLOPs at the speed of the best matrix product measured here. `progressive`: the ladder on and off.
-`parent`: the same network evaluated in one piece with DDIM-50 at full resolution (2048 x 2048: minutes, gigabytes).
-`size`: seconds a pixel from 1024 to 4096. `memory`: peak at 4096 and 8192 pixels under --max-memory 2GB, few steps.
+sweep, over counted FLOPs at the speed of the best matrix product measured here. `progressive`: the ladder on and off,
+with what each makes of the reference's octaves and embeddings. `parent`: the same network evaluated in one piece with
+DDIM-50 at full resolution (2048 x 2048: minutes, gigabytes). `size`: seconds a pixel and peak memory from 2048 to
+16384 pixels a side under --max-memory 2GB, one step of a part.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +25,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from wsi_brush.brush import Brush, load_brush
 from wsi_brush.denoiser import NODE, node_mass
 from wsi_brush.diffusion import coefficients, moves, solve
+from wsi_brush.embed import embed_region
+from wsi_brush.encoder import load_encoder
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory, peak_memory
 from wsi_brush.operators import nodes
 from wsi_brush.paint import Painting, paint_canvas
+from wsi_brush.slide import open_slide
 from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import CanvasDenoiser, side_by_side
+from wsi_brush.synthesize import as_pixels, choose_canvas, read_reference
+from wsi_brush.tissue import find_tissue
 
 
 def embeddings(brush: Brush, canvas: Grid) -> dict[float, EmbeddingMap]:
@@ -96,14 +104,45 @@ def parts(brush: Brush, side: int = 2048) -> dict[str, object]:
     return {"GFLOP/s of one product": round(speed / 1e9), **found, "all": speeds}
 
 
-def progressive(brush: Brush, side: int = 1024) -> dict[str, object]:
-    canvas = Grid(0.5, 0, 0, side, side)
-    maps = embeddings(brush, canvas)
-    on, off = (
-        seconds(lambda p=p: paint_canvas(brush, maps, canvas, Painting(progressive=p, guidance=1.0)))
-        for p in (True, False)
-    )
-    return {"on, s": round(on, 1), "off, s": round(off, 1), "off / on": round(off / on, 2)}
+def octaves(pixels: np.ndarray, count: int = 6) -> np.ndarray:
+    """Variance that each halving of the resolution loses, finest first."""
+    image, found = pixels.astype(np.float32), []
+    for _ in range(count):
+        height, width, _ = image.shape
+        coarse = image.reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3))
+        found.append((image.var((0, 1)) - coarse.var((0, 1))).mean())
+        image = coarse
+    return np.array(found)
+
+
+def progressive(brush: Brush, reference: Path, side: int = 1024) -> dict[str, object]:
+    """On and off after one reference: time, detail variance over the reference's, and how near its embeddings are."""
+    slide, encoder = open_slide(reference), load_encoder(brush.about["encoder"])
+    painting = Painting(size=side)
+    canvas = choose_canvas(slide, painting, find_tissue(slide))
+    maps = embed_region(slide, canvas, encoder=encoder, pitches=brush.pitches)
+    real = read_reference(slide, canvas, Grid(canvas.mpp, 0, 0, side, side))
+    tiles = list(Grid(canvas.mpp, 0, 0, side, side).tiles(encoder.tile))
+
+    def seen(pixels):
+        cut = [pixels[t.top : t.bottom, t.left : t.right] for t in tiles]
+        return brush.standardised(0.5, encoder(np.stack(cut)))
+
+    theirs, found, times = seen(real), {}, {}
+    for name in ("on", "off"):
+        start = time.perf_counter()
+        state = paint_canvas(brush, maps, canvas, replace(painting, progressive=name == "on"))
+        times[name] = time.perf_counter() - start
+        pixels = as_pixels(torch.as_tensor(np.asarray(state))[:, :side, :side])
+        ours = seen(pixels)
+        cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+        found[name] = {
+            "s": round(times[name], 1),
+            "detail over the reference's, finest octave first": (octaves(pixels) / octaves(real)).round(3).tolist(),
+            "distance of embeddings": round(float(((ours - theirs) ** 2).mean()), 4),
+            "cosine": round(float(cosine.mean()), 4),
+        }
+    return {**found, "off / on": round(times["off"] / times["on"], 2)}
 
 
 def monolithic(brush: Brush, canvas: Grid) -> None:
@@ -156,16 +195,15 @@ def parent(side: int = 2048) -> dict[str, object]:
 
 
 def size() -> dict[str, object]:
-    found = {side: measured("ours", side, "5", "8")["seconds"] / side**2 for side in (1024, 2048, 4096)}
-    return {f"us a pixel at {side}": round(1e6 * value, 3) for side, value in found.items()}
-
-
-def memory() -> dict[str, object]:
-    small, large = (measured("ours", side, "5", "2")["peak"] for side in (4096, 8192))
+    sides = (2048, 4096, 8192, 16384)
+    found = {side: measured("ours", side, "1", "2") for side in sides}
+    costs = {side: 1e6 * one["seconds"] / side**2 for side, one in found.items()}
+    peaks = {side: one["peak"] / 1e9 for side, one in found.items()}
     return {
-        "peak at 4096, GB": round(small / 1e9, 2),
-        "at 8192, GB": round(large / 1e9, 2),
-        "ratio": round(large / small, 3),
+        "us a pixel": {side: round(cost, 3) for side, cost in costs.items()},
+        "largest cost over the smallest": round(max(costs.values()) / min(costs.values()), 3),
+        "peak, GB": {side: round(peak, 2) for side, peak in peaks.items()},
+        "peak at 16384 over that at 4096": round(peaks[16384] / peaks[4096], 3),
     }
 
 
@@ -174,13 +212,16 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--alone"]:
         alone(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
     else:
+        parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+        parser.add_argument("what", nargs="*")
+        parser.add_argument("--ref", type=Path, default=Path(__file__).parents[2] / "examples" / "reference.tif")
+        arguments = parser.parse_args()
         every = {
             "parts": lambda: parts(load_brush()),
-            "progressive": lambda: progressive(load_brush()),
+            "progressive": lambda: progressive(load_brush(), arguments.ref),
             "parent": parent,
             "size": size,
-            "memory": memory,
         }
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-        for name in sys.argv[1:] or every:
+        for name in arguments.what or every:
             print(f"{name}: {json.dumps(every[name]())}", flush=True)

@@ -111,7 +111,7 @@ def synthesize(
         int, typer.Option(help="Evaluations over the range of noise; coarse pitches take more.", min=5, max=1000)
     ] = 20,
     guidance: Annotated[
-        float, typer.Option(help="How strongly the embeddings are followed, from 1 µm/px on; 1: as trained.")
+        float, typer.Option(help="How strongly the embeddings are followed at high noise; 1: as trained.")
     ] = 2.0,
     solver: Annotated[
         Literal["2m", "ddim", "heun", "ancestral"], typer.Option(help="How the noise is left behind.")
@@ -163,13 +163,14 @@ def synthesize(
         )  # fmt: skip
         prepare(threads)
         loaded = load_brush(brush)
+        eyes = load_encoder(encoder or loaded.about["encoder"])
         if dry_run:
-            print_plan(plans.plan_painting(loaded, slide, out, painting), json_)
+            print_plan(plans.plan_painting(loaded, eyes, slide, out, painting), json_)
             return
         client = connect(scheduler) if scheduler is not None else None
         with Shown(quiet) as progress, client or nullcontext():
             painted = synthesize_slide(
-                ref, out, painting, brush=loaded, encoder=load_encoder(encoder or loaded.about["encoder"]),
+                ref, out, painting, brush=loaded, encoder=eyes,
                 assume_mpp=assume_mpp, force_mpp=force_mpp, overwrite=overwrite, png=png, client=client, tell=progress,
             )  # fmt: skip
         cosine = {f"{pitch:g}": round(value, 4) for pitch, value in painted.cosine.items() if not math.isnan(value)}

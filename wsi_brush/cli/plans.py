@@ -50,24 +50,26 @@ def plan_embedding(
     }
 
 
-def plan_painting(brush: Brush, slide: Slide, out: Path, painting: Painting) -> dict[str, Any]:
-    """Where would be painted, and what it would need: time from an evaluation of a few tiles on this machine."""
-    from ..paint import budget, estimate_seconds, stages, state_bytes
+def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, painting: Painting) -> dict[str, Any]:
+    """Where would be painted, and what it would need: time from a few tiles on this machine."""
+    from ..estimate import embedding_seconds, painting_seconds
+    from ..paint import budget, stages, state_bytes
     from ..synthesize import choose_canvas
     from ..tissue import find_tissue
 
     ladder = brush.ladder.starting_at(painting.mpp)  # before the slide is searched for tissue
     tile, room = budget(painting, halo=brush.denoiser.config.halo)
     canvas = choose_canvas(slide, painting, find_tissue(slide))
-    minutes = estimate_seconds(brush, canvas, painting) / 60
+    seconds = painting_seconds(brush, canvas, painting) + embedding_seconds(encoder, brush, canvas)
     pixels, state = canvas.height * canvas.width, state_bytes(canvas, ladder)
     moves = Counter(stage.mpp for stage in stages(ladder, painting) if stage.move)
     memory = painting.memory - room + (state if state <= room else 0)
     return {
         "canvas": f"{canvas.height} x {canvas.width} pixels at {canvas.mpp:g} µm",
         "corner": f"row {canvas.top}, column {canvas.left} (pixels at {canvas.mpp:g} µm)",
-        "time": f"about {minutes:.1f} minutes of painting",
+        "time": f"about {seconds / 60:.1f} minutes",
         "steps": ", ".join(f"{count} at {mpp:g} µm" for mpp, count in moves.items()),
+        "hand-overs": ladder.budget() if painting.progressive else [],
         "tiles": f"{tile} x {tile} pixels",
         "memory": f"at most {memory / 1e9:.1f} GB",
         "disk": f"at most {(pixels * 4 + state) / 1e6:.0f} MB, of which {pixels * 4 / 1e6:.0f} MB stay",

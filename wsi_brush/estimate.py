@@ -1,0 +1,77 @@
+"""How long a painting will take here, from a few tiles done on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from .brush import Brush
+from .denoiser import NODE
+from .encoder import Encoder
+from .grid import Grid
+from .paint import Painting, budget, guidance_at, stages, whole
+from .store import EmbeddingMap
+from .stream import CanvasDenoiser, side_by_side
+
+
+def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
+    """Seconds of all moves: one tile a thread is timed, with guidance and without, and the sweep before the tiles.
+
+    Raises:
+        UsageError: if the brush does not paint at that pitch, or the memory is too little.
+    """
+    ladder, halo, threads = brush.ladder.starting_at(canvas.mpp), brush.denoiser.config.halo, torch.get_num_threads()
+    side, area = budget(painting, halo=halo)[0], whole(canvas, ladder)
+    side = min(side, *area.shape)
+    margin = -(-halo // NODE) * NODE
+    square = Grid(canvas.mpp, 0, 0, side + 2 * margin, side + 2 * margin)
+    inner, state = Grid(1.0, margin, margin, side, side), np.zeros((3, *square.shape), np.float32)
+
+    def timed(guidance: float) -> tuple[float, float]:
+        """Seconds a pixel of the sweep before, and of one tile while every thread has one."""
+        denoise = CanvasDenoiser(
+            brush, _embeddings(brush, square), square, mpp=canvas.mpp, guidance=guidance, tile=side
+        )
+        denoise.prepare(state, 1.0)
+        list(side_by_side(partial(denoise.image, state), [inner] * threads))  # the first ones also warm up
+        before = _seconds(lambda: denoise.prepare(state, 1.0)) / square.height / square.width / threads
+        return before, _seconds(lambda: list(side_by_side(partial(denoise.image, state), [inner] * threads)))
+
+    costs = {guidance: timed(guidance) for guidance in {1.0, painting.guidance}}
+    total = 0.0
+    for stage in stages(ladder, painting):
+        if stage.move is not None:
+            before, tile = costs[guidance_at(painting, stage)]
+            level = area.level(stage.level)
+            rounds = -(-sum(1 for _ in level.tiles(side)) // threads)  # a last one alone takes as long as two
+            pixels = level.height * level.width
+            total += before * pixels + tile * max(pixels / (side**2 * threads), rounds * min(1.0, pixels / side**2))
+    return total
+
+
+def embedding_seconds(encoder: Encoder, brush: Brush, canvas: Grid) -> float:
+    """Seconds of the encoder besides: the reference's tiles, and for the comparison once more, and the painting's."""
+    sides: list[float] = [brush.about["tile"] * mpp / canvas.mpp for mpp in brush.pitches]
+    tiles = 3.0 * sum(canvas.height * canvas.width / side**2 for side in sides)
+    batch = np.zeros((64, encoder.tile, encoder.tile, 3), np.uint8)
+    encoder(batch)
+    return _seconds(lambda: encoder(batch)) * tiles / len(batch)
+
+
+def _embeddings(brush: Brush, canvas: Grid) -> dict[float, EmbeddingMap]:
+    """Of nothing: what a tile shows does not change how long it takes."""
+    maps = {}
+    for mpp in brush.pitches:
+        lattice = canvas.at(brush.about["tile"] * mpp)
+        maps[mpp] = EmbeddingMap(mpp, lattice, np.zeros((*lattice.shape, brush.denoiser.config.dim), np.float32))
+    return maps
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
