@@ -196,6 +196,10 @@ class Block(nn.Module):
         """`signal`: (n, signal), one row a scene."""
         if cells is None and len(u) == 1 and min(u.shape[1:3]) > 1 and not torch.is_grad_enabled():
             return self.in_bands(u, signal)
+        return self.at_once(u, signal, cells)
+
+    def at_once(self, u: Tensor, signal: Tensor, cells: Cells | None = None) -> Tensor:
+        """Operator by operator, each over all points."""
         scale, shift = _spread(self.modulate(signal), cells).chunk(2, -1)
         h = functional.layer_norm(self.kernel(u, cells), u.shape[-1:])
         h = functional.gelu(self.widen(torch.addcmul(shift, h, 1 + scale)))
