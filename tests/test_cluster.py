@@ -21,7 +21,9 @@ from wsi_brush.paint import Painting
 from wsi_brush.synthesize import synthesize_slide
 
 ENCODER = cast(Encoder, TileStatistics())
-PAINTING = Painting(region=(200, 180, 300, 520), steps=5, guidance=2.0, tile=256, solver="ancestral")
+PAINTING = Painting(
+    region=(200, 180, 300, 520), steps=5, guidance=2.0, tile=256
+)  # two steps of history, slopes, guidance
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

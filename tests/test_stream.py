@@ -17,8 +17,9 @@ from wsi_brush.diffusion import coefficients
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
 from wsi_brush.operators import nodes, splat
+from wsi_brush.scratch import CHUNK
 from wsi_brush.store import EmbeddingMap
-from wsi_brush.stream import CanvasDenoiser
+from wsi_brush.stream import CanvasDenoiser, tiles_of
 
 DIM, SIDE, SIGMA = 6, 32, 1.3
 CANVAS = Grid(0.5, 160, 96, 352, 256)
@@ -140,3 +141,18 @@ def test_a_state_of_cut_blocks_is_an_error(brush: Brush) -> None:
     denoise = CanvasDenoiser(brush, maps_on(CANVAS), CANVAS, mpp=0.5)
     with pytest.raises(ValueError, match="multiples of 32"):
         denoise(torch.zeros(3, 100, 64), 1.0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8, 16])
+@pytest.mark.parametrize("side", [1024, 768, 512, 256])
+def test_tiles_are_halved_where_threads_would_have_none_and_stay_whole_chunks(
+    side: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a cluster write their tiles themselves: a chunk that two of them share would lose pixels."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for shape in ((3, 2048, 1024), (3, 544, 1088), (3, 64, 32)):
+        tiles = tiles_of(shape, side)
+        assert all(tile.top % CHUNK == tile.left % CHUNK == 0 for tile in tiles)
+        assert sum(tile.height * tile.width for tile in tiles) == shape[1] * shape[2]
+        assert len(tiles) == len(set(tiles))
+    assert len(tiles_of((3, 1024, 1024), 1024)) == {1: 1, 2: 4, 8: 16, 16: 16}[threads]

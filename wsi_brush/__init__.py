@@ -16,6 +16,7 @@ The modules, in the order of the data; a module imports only what stands above i
     encoder       Encoder, load_encoder: a tile becomes a vector
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
     embed         verb: slide -> store
+    distances     how unlike two sets of vectors are
     field         NoiseField: noise that is a function, read by address
     coordinates   TrainingPack, CoordinateSampler: points, values and conditions at random places
     operators     kernel-integral, cross-attention and self-attention operators; splat and gather
@@ -36,4 +37,4 @@ The modules, in the order of the data; a module imports only what stands above i
     cli           the words
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

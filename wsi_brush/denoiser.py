@@ -123,7 +123,7 @@ class TokenParts(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """F(c_in A x, σ, pitch, condition): what `diffusion.Precondition` turns into an estimate of the image."""
+    """F(c_in A x, σ, pitch, condition): what `diffusion.coefficients` turn into an estimate of the image."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()

@@ -105,16 +105,17 @@ class Ladder:
         return (self.entry(level - 1) / 2 if level else self.sigma_min), self.entry(level)
 
     def budget(self) -> list[str]:
-        """What each hand-over may cost, in words: the detail that is drawn blind, as if it were noise.
+        """What each hand-over may cost, in words: detail is drawn, of which little more than its variance is known.
 
-        Its divergence from the truth is at most log(1 + SNR) / 2 nats for each value of the detail.
+        Its divergence from the truth is at most log(1 + SNR) / 2 nats for each of its values, three for every four
+        pixels.
         """
         found = []
         for level in range(len(self.pitches) - 2, -1, -1):
-            ratio = (self.details[level] / self.entry(level)) ** 2
+            ratio = 4 / 3 * (self.details[level] / self.entry(level)) ** 2
             found.append(
                 f"{self.pitches[level + 1]:g} -> {self.pitches[level]:g} µm at σ {self.entry(level):.2f}: detail "
-                f"{100 * ratio:.1f} % of the noise, at most {math.log1p(ratio) / 2:.4f} nats a value"
+                f"{100 * ratio:.1f} % of its noise, at most {math.log1p(ratio) / 2:.4f} nats a value"
             )
         return found
 
@@ -235,9 +236,9 @@ def moves(
         keep = following / sigma
         if following == 0:
             found.append(Move(sigma, 0.0, 1.0))
-        elif solver == "2m" and (last := sigmas[index - 1] if index else before) is not None:
-            # half of h / h', where h is this step in log σ and h' the one before
-            extra = math.log(sigma / following) / math.log(last / sigma) / 2
+        elif solver == "2m" and (last := sigmas[index - 1] if index else before or 0) > sigma:
+            # half of h / h', where h is this step in log σ and h' the one before; far beyond it nothing is foretold
+            extra = min(math.log(sigma / following) / math.log(last / sigma) / 2, 1.0)
             found.append(Move(sigma, keep, (1 - keep) * (1 + extra), -(1 - keep) * extra, coarse=not index))
         elif solver == "heun":
             turn = (1 - keep) / (2 * keep)

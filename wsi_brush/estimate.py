@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -15,11 +14,11 @@ from .encoder import Encoder
 from .grid import Grid
 from .paint import Painting, budget, guidance_at, stages, whole
 from .store import EmbeddingMap
-from .stream import CanvasDenoiser, side_by_side
+from .stream import CanvasDenoiser, side_by_side, tiles_of
 
 
 def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
-    """Seconds of all moves: one tile a thread is timed, with guidance and without, and the sweep before the tiles.
+    """Seconds of all moves: one tile a thread is timed, with guidance and without, and the grid level.
 
     Raises:
         UsageError: if the brush does not paint at that pitch, or the memory is too little.
@@ -32,24 +31,31 @@ def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
     inner, state = Grid(1.0, margin, margin, side, side), np.zeros((3, *square.shape), np.float32)
 
     def timed(guidance: float) -> tuple[float, float]:
-        """Seconds a pixel of the sweep before, and of one tile while every thread has one."""
+        """Seconds a pixel of the grid level, and of both sweeps over one tile while every thread has one."""
         denoise = CanvasDenoiser(
             brush, _embeddings(brush, square), square, mpp=canvas.mpp, guidance=guidance, tile=side
         )
-        denoise.prepare(state, 1.0)
-        list(side_by_side(partial(denoise.image, state), [inner] * threads))  # the first ones also warm up
-        before = _seconds(lambda: denoise.prepare(state, 1.0)) / square.height / square.width / threads
-        return before, _seconds(lambda: list(side_by_side(partial(denoise.image, state), [inner] * threads)))
+
+        def sweeps(tile: Grid) -> None:
+            denoise.sketch(state, tile)
+            denoise.image(state, tile)
+
+        denoise.at(1.0)
+        nodes = [(tile, denoise.sketch(state, tile)) for tile in denoise.tiles(state)]
+        denoise.prepare(state, 1.0, lambda _: nodes)
+        list(side_by_side(sweeps, [inner] * threads))  # the first ones also warm up
+        layout = _seconds(lambda: denoise.prepare(state, 1.0, lambda _: nodes)) / _pixels(square)
+        return layout, _seconds(lambda: list(side_by_side(sweeps, [inner] * threads)))
 
     costs = {guidance: timed(guidance) for guidance in {1.0, painting.guidance}}
     total = 0.0
     for stage in stages(ladder, painting):
         if stage.move is not None:
-            before, tile = costs[guidance_at(painting, stage)]
+            layout, both = costs[guidance_at(painting, stage)]
             level = area.level(stage.level)
-            rounds = -(-sum(1 for _ in level.tiles(side)) // threads)  # a last one alone takes as long as two
-            pixels = level.height * level.width
-            total += before * pixels + tile * max(pixels / (side**2 * threads), rounds * min(1.0, pixels / side**2))
+            tiles = tiles_of(level.shape, side)
+            windows = sum(_pixels(tile.pad(halo).clip(Grid(1.0, 0, 0, *level.shape))) for tile in tiles)
+            total += layout * _pixels(level) + both * windows / _pixels(inner.pad(halo)) / min(len(tiles), threads)
     return total
 
 
@@ -69,6 +75,10 @@ def _embeddings(brush: Brush, canvas: Grid) -> dict[float, EmbeddingMap]:
         lattice = canvas.at(brush.about["tile"] * mpp)
         maps[mpp] = EmbeddingMap(mpp, lattice, np.zeros((*lattice.shape, brush.denoiser.config.dim), np.float32))
     return maps
+
+
+def _pixels(grid: Grid) -> int:
+    return grid.height * grid.width
 
 
 def _seconds(work: Callable[[], object]) -> float:

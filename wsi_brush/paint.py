@@ -27,7 +27,7 @@ from .field import NoiseField
 from .grid import Grid
 from .scratch import Plane, Work, new_plane
 from .store import EmbeddingMap
-from .stream import TILE, CanvasDenoiser, read_plane, side_by_side
+from .stream import TILE, CanvasDenoiser, read_plane, side_by_side, tiles_of
 
 Tell = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -81,6 +81,7 @@ class Stage(NamedTuple):
     mpp: float
     sigma: float  # of the state before it; where it enters the first pitch, of the noise
     move: Move | None
+    plain: bool = False  # keeps its evaluation without guidance, for the next one has none to be compared with
 
 
 def stages(ladder: Ladder, painting: Painting) -> list[Stage]:
@@ -93,6 +94,12 @@ def stages(ladder: Ladder, painting: Painting) -> list[Stage]:
         steps = moves(rung.sigmas, painting.solver, stream=1000 * (index + 1), before=before)
         found += [Stage(level, rung.mpp, move.sigma, move) for move in steps]
         sigma, before = rung.sigmas[-1], 2 * steps[-1].sigma
+    following = found[-1]
+    for index in range(len(found) - 1, -1, -1):
+        stage = found[index]
+        if stage.move is not None:
+            found[index] = stage._replace(plain=guidance_at(painting, stage) != guidance_at(painting, following))
+            following = stage
     return found
 
 
@@ -218,7 +225,7 @@ class Run:
         shape = self._area.level(stage.level).shape
         names = ("x", "image") if keep else ("x",)
         found = {name: new_plane((3, *shape), folder, name, axes=(1, 2)) for name in names}
-        tiles = list(Grid(1.0, 0, 0, *shape).tiles(self._painting.tile))  # counted from the corner, in pixels
+        tiles = tiles_of(shape, self._painting.tile)
         denoiser = self.denoiser(stage) if stage.move is not None else None
         if denoiser is not None:
             denoiser.prepare(planes["x"], stage.sigma, partial(hands.sketch, number) if hands is not None else None)
@@ -239,15 +246,15 @@ class Run:
             yield tile
 
     def tile_after(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid) -> dict[str, Tensor]:
-        """x and, after a move, the evaluation in a tile after a stage."""
+        """x in a tile after a stage, and the last evaluation: after an entry the coarser one, with its slopes."""
         grid = self._area.level(stage.level)
         place = Grid(grid.mpp, grid.top + tile.top, grid.left + tile.left, *tile.shape)
         if stage.move is None:
             return self._entered(stage, planes, tile, place)
-        state, image = self.denoiser(stage).image(planes["x"], tile)
+        state, image, plain = self.denoiser(stage).image(planes["x"], tile)
         before = read_plane(planes["image"], tile) if stage.move.old else None
         noise = self._field.read(place, stream=stage.move.stream) if stage.move.fresh else None
-        return {"x": stage.move.of(state, image, before, noise), "image": image}
+        return {"x": stage.move.of(state, image, before, noise), "image": plain if stage.plain else image}
 
     def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid, place: Grid) -> dict[str, Tensor]:
         """Noise where nothing is yet, else the coarser state and its last evaluation made finer."""

@@ -9,6 +9,7 @@ tile size, order and number of threads.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,7 @@ from .diffusion import coefficients
 from .errors import RefusedError
 from .grid import Grid
 from .operators import nodes
-from .scratch import Plane, new_plane, open_plane
+from .scratch import CHUNK, Plane, new_plane, open_plane
 from .store import EmbeddingMap
 
 Item = TypeVar("Item")
@@ -65,7 +66,7 @@ class CanvasDenoiser:
         known = (True,) if guidance == 1 else (True, False)
         self._asked = [_Asked(brush, condition, mpp, known=k, folder=folder and folder / f"grid-{k}") for k in known]
         self._nodes: Plane | None = None
-        self._sigma, self._into = 0.0, 0.0
+        self._sigma, self._into = math.nan, math.nan
 
     def prepare(self, x: Plane, sigma: float, sweep: Sweep | None = None) -> None:
         """Sweep A and the grid level, for the state x, whose noise is `sigma`; then `image` may be asked.
@@ -121,8 +122,9 @@ class CanvasDenoiser:
             asked.open_features()
 
     @torch.inference_mode()
-    def image(self, x: Plane, tile: Grid) -> tuple[Tensor, Tensor]:
-        """Sweep B at one tile, counted from the canvas's corner: the state there, and its image, (3, h, w) each."""
+    def image(self, x: Plane, tile: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Sweep B at one tile, counted from the canvas's corner: the state there, its image, and its image without
+        guidance, (3, h, w) each."""
         window = tile.pad(self._net.config.halo).clip(_canvas(x))
         rows, columns = tile.within(window)
         around = read_plane(x, window)
@@ -130,18 +132,20 @@ class CanvasDenoiser:
         features = self._net.descend(around[None] * self._into, self._asked[0].setting)
         said = [asked.paint(features, window, tile) for asked in self._asked]
         skip, out, _ = (value.item() for value in coefficients(torch.tensor(self._sigma)))
-        velocity = said[0] if len(said) == 1 else torch.lerp(said[1], said[0], self._guidance)
-        return state, skip * state + out * velocity
+        plain = skip * state + out * said[0]
+        if len(said) == 1:
+            return state, plain, plain
+        return state, skip * state + out * torch.lerp(said[1], said[0], self._guidance), plain
 
-    def tiles(self, x: Plane) -> Iterator[Grid]:
+    def tiles(self, x: Plane) -> list[Grid]:
         """The tiles of a canvas of x's size."""
-        yield from _canvas(x).tiles(self._tile)
+        return tiles_of(x.shape, self._tile)
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """The whole image in a state that is in memory."""
         plane, image = x.numpy(), torch.empty_like(x)
         self.prepare(plane, sigma)
-        for tile, (_, found) in side_by_side(partial(self.image, plane), self.tiles(plane)):
+        for tile, (_, found, _) in side_by_side(partial(self.image, plane), self.tiles(plane)):
             rows, columns = tile.within(_canvas(plane))
             image[:, rows, columns] = found
         return image
@@ -246,6 +250,17 @@ def _strips(rows: int, halo: int) -> Iterator[tuple[slice, slice]]:
     for top in range(0, rows, STRIP):
         bottom = min(top + STRIP, rows)
         yield slice(top, bottom), slice(max(0, top - halo), min(rows, bottom + halo))
+
+
+def tiles_of(shape: tuple[int, ...], side: int) -> list[Grid]:
+    """The tiles of a canvas (..., rows, columns), counted from its corner; halved where a thread would have none.
+
+    To be asked before `side_by_side`, under which there is one thread. Whole chunks of a plane stay whole chunks.
+    """
+    canvas = Grid(1.0, 0, 0, *shape[-2:])
+    while len(tiles := list(canvas.tiles(side))) < torch.get_num_threads() and side % (2 * CHUNK) == 0:
+        side //= 2
+    return tiles
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:

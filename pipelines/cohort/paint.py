@@ -13,7 +13,7 @@ On SLURM, with dask-jobqueue (its own package), the workers come from the queue;
     cluster.scale(jobs=10)
     print(cluster.scheduler_address)  # give this as --scheduler, from a node that sees it
 
-A worker takes about 2 GB (a process with torch, and one tile of 768 pixels).
+A worker takes about 2 GB (a process with torch, and one tile of 1024 pixels).
 """
 
 import argparse

@@ -1,0 +1,120 @@
+"""How unlike two sets of vectors are: the figures of merit of generative models, in any encoder's space.
+
+All are functions of two arrays (n, dim); none looks at where a vector comes from. Rows are drawn again and again for an
+interval (`interval`), and a figure says little without that of two sets of real vectors beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vectors = NDArray[np.float64]
+Figure = Callable[[Vectors, Vectors], float]
+_ROWS = 1024  # of a distance matrix that is held at once
+
+
+def frechet(real: Vectors, other: Vectors) -> float:
+    """|m - m'|² + tr(C + C' - 2 (C C')^½): the Fréchet distance of two Gaussians, after Heusel et al. (2017), Eq. 6.
+
+    Raises:
+        ValueError: if a set has fewer vectors than they have numbers, so that its covariance is singular.
+    """
+    for vectors in (real, other):
+        if len(vectors) <= vectors.shape[1]:
+            raise ValueError(f"{len(vectors)} vectors of {vectors.shape[1]} numbers have no covariance; give more")
+    means, spreads = zip(*((v.mean(0), np.cov(v, rowvar=False)) for v in (real, other)), strict=True)
+    # tr (C C')^½ is the sum of the singular values of C^½ C'^½
+    roots = [_root(np.atleast_2d(spread)) for spread in spreads]
+    shared = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
+    total = sum(float(np.trace(np.atleast_2d(spread))) for spread in spreads)
+    return float(((means[0] - means[1]) ** 2).sum() + total - 2 * shared)
+
+
+def _root(spread: Vectors) -> Vectors:
+    values, axes = np.linalg.eigh(spread)
+    root: Vectors = (axes * np.sqrt(values.clip(0))) @ axes.T
+    return root
+
+
+def kernel_distance(real: Vectors, other: Vectors) -> float:
+    """Squared maximum mean discrepancy under (x·y / dim + 1)³, without bias: Bińkowski et al. (2018), over all pairs.
+
+    Raises:
+        ValueError: if a set has fewer than two vectors.
+    """
+    if min(len(real), len(other)) < 2:
+        raise ValueError("a kernel distance needs two vectors of each set")
+
+    def mean(one: Vectors, two: Vectors, *, same: bool) -> float:
+        total, own = 0.0, 0.0
+        for start in range(0, len(one), _ROWS):
+            part = one[start : start + _ROWS]
+            total += float(((part @ two.T / one.shape[1] + 1) ** 3).sum())
+            own += float((((part**2).sum(1) / one.shape[1] + 1) ** 3).sum()) if same else 0.0
+        pairs = len(one) * (len(one) - 1) if same else len(one) * len(two)
+        return (total - own) / pairs
+
+    return mean(real, real, same=True) + mean(other, other, same=True) - 2 * mean(real, other, same=False)
+
+
+class Overlap(NamedTuple):
+    """Where two sets lie in each other's neighbourhoods.
+
+    precision: part of the others that lie in the real ones' neighbourhoods; recall: the reverse (Kynkäänniemi et al.
+    2019); density: how many real neighbourhoods hold another, over k; coverage: part of the real neighbourhoods that
+    hold one (Naeem et al. 2020).
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def overlap(real: Vectors, other: Vectors, *, k: int = 5) -> Overlap:
+    """Overlap of balls that reach to the k-th neighbour in the own set.
+
+    Raises:
+        ValueError: if a set has no k neighbours.
+    """
+    if min(len(real), len(other)) <= k:
+        raise ValueError(f"neighbourhoods of {k} need more than {k} vectors of each set")
+    reach, reach_other = (np.concatenate([np.partition(d, k, 1)[:, k] for d in _squares(v, v)]) for v in (real, other))
+    held, holds, covered, start = np.zeros(len(other), np.int64), np.zeros(len(real), np.bool_), 0, 0
+    for squares in _squares(real, other):
+        rows = slice(start, start + len(squares))
+        inside = squares < reach[rows, None]
+        held += inside.sum(0)
+        covered += int(inside.any(1).sum())
+        holds[rows] = (squares < reach_other).any(1)
+        start = rows.stop
+    return Overlap(float((held > 0).mean()), float(holds.mean()), float(held.mean() / k), covered / len(real))
+
+
+def _squares(one: Vectors, two: Vectors) -> Iterator[Vectors]:
+    """Squared distances of some rows of one from all of two."""
+    lengths = (two**2).sum(1)
+    for start in range(0, len(one), _ROWS):
+        part = one[start : start + _ROWS]
+        yield ((part**2).sum(1)[:, None] + lengths - 2 * part @ two.T).clip(0)
+
+
+def interval(
+    figure: Figure, real: Vectors, other: Vectors, *, draws: int = 100, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """A bootstrap interval of a figure: the rows of both sets are drawn again, with replacement.
+
+    Drawn again, a set has fewer distinct vectors, which makes it look further away: the interval is moved so that its
+    middle (median) is the figure itself.
+    """
+    random, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        rows = (random.integers(len(vectors), size=len(vectors)) for vectors in (real, other))
+        found.append(figure(real[next(rows)], other[next(rows)]))
+    low, middle, high = np.quantile(found, [(1 - level) / 2, 0.5, (1 + level) / 2])
+    value = figure(real, other)
+    return value + float(low - middle), value + float(high - middle)
