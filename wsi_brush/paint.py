@@ -35,7 +35,7 @@ SAVE_EVERY = 60.0
 """Seconds between two generations on disk of a state that is in memory."""
 _GUIDED_FROM = 0.3  # noise of a mean over 1 µm²; below, guidance changed nothing that was seen, and takes more time
 _PIXEL = 12  # bytes of one pixel of a plane
-_BASE = 900_000_000  # bytes of a process that has torch, brush, encoder and the slide's libraries loaded
+_BASE = 1_200_000_000  # bytes of a process that has torch, brush, encoder and the slide's libraries loaded
 _WINDOW = 450  # bytes that the operator takes for a pixel of its window, measured from 640 to 1152 pixels a side
 
 
