@@ -88,7 +88,7 @@ def tile_of(
     part = x[:, :, window.top : window.bottom, window.left : window.right]
     around = tile.top - window.top, tile.left - window.left, window.bottom - tile.bottom, window.right - tile.right
     features = denoiser.descend(part, setting)
-    return denoiser.ascend(features, setting, grid, memory, corner=corner, around=around)
+    return denoiser.ascend(features, setting, grid, memory, corner=corner, around=around)[0]
 
 
 def tiles(canvas: tuple[int, int], height: int, width: int, top: int, left: int) -> Iterator[Grid]:

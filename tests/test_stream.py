@@ -156,3 +156,24 @@ def test_tiles_are_halved_where_threads_would_have_none_and_stay_whole_chunks(
         assert sum(tile.height * tile.width for tile in tiles) == shape[1] * shape[2]
         assert len(tiles) == len(set(tiles))
     assert len(tiles_of((3, 1024, 1024), 1024)) == {1: 1, 2: 4, 8: 16, 16: 16}[threads]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_retouch_of_the_same_state_says_what_the_evaluation_said(depth: tuple[int, int, int]) -> None:
+    """All but the levels of 1 to 4 pixels is kept; where nothing has changed they give the same image."""
+    brush = make_brush(dim=DIM, tile=SIDE, depth=depth)
+    x, whole = (SIGMA * NoiseField(1).read(CANVAS)).numpy(), Grid(1.0, 0, 0, *CANVAS.shape)
+    denoise = CanvasDenoiser(brush, maps_on(CANVAS), CANVAS, mpp=0.5, guidance=1.0)
+    denoise.prepare(x, SIGMA)
+    halo = brush.denoiser.config.retouch_halo
+    for tile in (Grid(1.0, 128, 64, 96, 128), Grid(1.0, 0, 0, 64, 64), Grid(1.0, 320, 0, 32, 256)):
+        window = tile.pad(halo).clip(whole)
+        seen = denoise.image(x, window, keep=True)
+        around = torch.from_numpy(x[:, window.top : window.bottom, window.left : window.right].copy())
+        again = denoise.retouch(around, window, seen, tile, whole, SIGMA)
+        rows, columns = tile.within(window)
+        torch.testing.assert_close(again, seen.image[:, rows, columns], rtol=1e-4, atol=1e-4)
+        other = denoise.retouch(around + 0.3, window, seen, tile, whole, SIGMA)
+        assert (other - again).abs().mean() > 0.02
+        nearer = denoise.retouch(around, window, seen, tile, whole, SIGMA / 3)
+        assert (nearer - again).abs().mean() > 0.02

@@ -81,6 +81,12 @@ class DenoiserConfig:
         """Pixels around a tile that decide what `sketch` says inside it; a multiple of NODE."""
         return _ceil(CELL + mollifier_radius(self.mollifier), NODE)
 
+    @property
+    def retouch_halo(self) -> int:
+        """Pixels around a tile that decide what `retouch` says inside it; a multiple of CELL."""
+        down, middle, _ = self.depth
+        return _ceil(self.reaches[0] + 4 * middle + 2 * down + mollifier_radius(self.mollifier), CELL)
+
 
 Around = tuple[int, int, int, int]
 """Pixels at the top, left, bottom and right of a window."""
@@ -273,18 +279,22 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """F at a window (n, 3, h, w), h and w multiples of CELL, whose corner lies at pixel `corner` = rows (n,),
         columns (n,) of its scene, multiples of CELL."""
-        return self.ascend(self.descend(x, setting), setting, grid, memory, corner=corner)
+        return self.ascend(self.descend(x, setting), setting, grid, memory, corner=corner)[0]
 
     def descend(self, x: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
         """The first half of `paint`, which knows nothing of condition and layout: features at 2, 4 and 8 pixels."""
-        return self._down(mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous(), setting)
+        fine, mid = self._down(mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous(), setting)
+        return fine, mid, self.enter8(mid)
 
     def ascend(
         self, features: tuple[Tensor, Tensor, Tensor], setting: Setting, grid: Tensor, memory: list[Tensor], *,
         corner: tuple[Tensor, Tensor], node: tuple[int, int] = (0, 0), around: Around = (0, 0, 0, 0),
-    ) -> Tensor:  # fmt: skip
-        """The second half. `node`: the first row and column of nodes in `grid`; `around`: pixels at the window's sides
-        (top, left, bottom, right; multiples of CELL) that are not wanted, and not in the result."""
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The second half: F, and for `keep` the features at 4 pixels on the way up.
+
+        `node`: the first row and column of nodes in `grid`; `around`: pixels at the window's sides (top, left, bottom,
+        right; multiples of CELL) that are not wanted, and not in the result.
+        """
         deep = _cut(features[-1], around, self.config.reaches[-1], CELL)
         top, left = (max(0, side - self.config.reaches[-1]) for side in around[:2])
         rows = (torch.arange(deep.shape[1], device=deep.device) + 0.5) * CELL + top
@@ -297,7 +307,23 @@ class Denoiser(nn.Module):
             gathered.append(interpolate(grid[scene], at_rows / NODE - node[0], at_columns / NODE - node[1]))
         read, place, layout = torch.stack(reads), self.place(torch.stack(places)), torch.stack(gathered)
         given = read + self.gather(layout)
-        return self._up((*features[:2], deep), setting, given, place, memory, around=around).permute(0, 3, 1, 2)
+        mid = self._up((*features[:2], deep), setting, given, place, memory, around=around)
+        return self._out(features[0], mid, setting, around=around).permute(0, 3, 1, 2), mid
+
+    def keep(self, features: tuple[Tensor, Tensor, Tensor], mid: Tensor, around: Around) -> Tensor:
+        """What the level of 8 pixels and the way up add at 4 pixels, for `retouch`: from the two halves of `paint`."""
+        return mid - _cut(features[1], around, self.config.reaches[0], 4)
+
+    def retouch(self, x: Tensor, setting: Setting, kept: Tensor, *, around: Around) -> Tensor:
+        """F at a window (n, 3, h, w) without `around`, with what is deeper kept from an evaluation at a little more
+        noise; `kept` reaches `reaches[0]` pixels beyond what is wanted, but not beyond the canvas.
+
+        Deep features hardly change from step to step (DeepCache: Ma, Fang and Wang, CVPR 2024); where the noise of a
+        mean over their cells is next to nothing they see what they saw before.
+        """
+        fine, mid = self._down(mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous(), setting)
+        mid = _cut(mid, around, self.config.reaches[0], 4) + kept
+        return self._out(fine, mid, setting, around=around).permute(0, 3, 1, 2)
 
     def paint_points(self, u: Tensor, scatter: Scatter, setting: Setting, grid: Tensor, memory: list[Tensor]) -> Tensor:
         """F at scattered points: mollified values (points, 3) -> (points, 3)."""
@@ -311,25 +337,27 @@ class Denoiser(nn.Module):
             read = read.index_copy(0, mine, setting.read_points(rows, columns, scene))
             place = place.index_copy(0, mine, setting.places_of_points(rows, columns, scene))
             layout = layout.index_copy(0, mine, interpolate_at(grid[scene], rows / NODE, columns / NODE))
-        down = self._down(u, setting, scatter)
-        return self._up(down, setting, read + self.gather(layout), self.place(place), memory, scatter)
+        fine, mid = self._down(u, setting, scatter)
+        given, features = read + self.gather(layout), (fine, mid, self.enter8(mid, cells))
+        mid = self._up(features, setting, given, self.place(place), memory, scatter)
+        return self._out(fine, mid, setting, scatter)
 
-    def _down(self, u: Tensor, setting: Setting, scatter: Scatter | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        at2, at4, at8 = scatter.levels if scatter is not None else (None, None, None)
+    def _down(self, u: Tensor, setting: Setting, scatter: Scatter | None = None) -> tuple[Tensor, Tensor]:
+        at2, at4, _ = scatter.levels if scatter is not None else (None, None, None)
         fine = self.enter2(u, at2)
         for block in self.down2:
             fine = block(fine, setting.signal, at2)
         mid = self.enter4(fine, at4)
         for block in self.down4:
             mid = block(mid, setting.signal, at4)
-        return fine, mid, self.enter8(mid, at8)
+        return fine, mid
 
     def _up(
         self, features: tuple[Tensor, Tensor, Tensor], setting: Setting, given: Tensor, place: Tensor,
         memory: list[Tensor], scatter: Scatter | None = None, *, around: Around = (0, 0, 0, 0),
     ) -> Tensor:  # fmt: skip
-        at2, at4, at8 = scatter.levels if scatter is not None else (None, None, None)
-        (fine, mid, u), (fine_reach, mid_reach, reach) = features, self.config.reaches
+        _, at4, at8 = scatter.levels if scatter is not None else (None, None, None)
+        (_, mid, u), (_, mid_reach, reach) = features, self.config.reaches
         u = u + given
         for depth, block in enumerate(self.middle8):
             u = block(u, setting.signal, at8)
@@ -341,10 +369,18 @@ class Denoiser(nn.Module):
         mid = _cut(mid, around, mid_reach, 4) + self.leave8(u, at8)
         for block in self.up4:
             mid = block(mid, setting.signal, at4)
-        fine = _cut(fine, around, fine_reach, 2) + self.leave4(_cut(mid, _left(around, mid_reach), fine_reach, 4), at4)
+        return _cut(mid, _left(around, mid_reach), self.config.reaches[0], 4)
+
+    def _out(
+        self, fine: Tensor, mid: Tensor, setting: Setting, scatter: Scatter | None = None, *,
+        around: Around = (0, 0, 0, 0),
+    ) -> Tensor:  # fmt: skip
+        at2, at4, _ = scatter.levels if scatter is not None else (None, None, None)
+        reach = self.config.reaches[0]
+        fine = _cut(fine, around, reach, 2) + self.leave4(mid, at4)
         for block in self.up2:
             fine = block(fine, setting.signal, at2)
-        out: Tensor = self.leave2(_cut(fine, _left(around, fine_reach), 0, 2), at2)
+        out: Tensor = self.leave2(_cut(fine, _left(around, reach), 0, 2), at2)
         return out
 
 

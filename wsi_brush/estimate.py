@@ -14,7 +14,7 @@ from .encoder import Encoder
 from .grid import Grid
 from .paint import Painting, budget, guidance_at, stages, whole
 from .store import EmbeddingMap
-from .stream import CanvasDenoiser, side_by_side, tiles_of
+from .stream import CanvasDenoiser, Seen, side_by_side, tiles_of
 
 
 def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
@@ -24,38 +24,49 @@ def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
         UsageError: if the brush does not paint at that pitch, or the memory is too little.
     """
     ladder, halo, threads = brush.ladder.starting_at(canvas.mpp), brush.denoiser.config.halo, torch.get_num_threads()
-    side, area = budget(painting, halo=halo)[0], whole(canvas, ladder)
+    side, area = budget(painting, brush.denoiser.config)[0], whole(canvas, ladder)
     side = min(side, *area.shape)
     margin = -(-halo // NODE) * NODE
+    seen: dict[Grid, Seen] = {}
     square = Grid(canvas.mpp, 0, 0, side + 2 * margin, side + 2 * margin)
     inner, state = Grid(1.0, margin, margin, side, side), np.zeros((3, *square.shape), np.float32)
 
-    def timed(guidance: float) -> tuple[float, float]:
-        """Seconds a pixel of the grid level, and of both sweeps over one tile while every thread has one."""
+    def timed(guidance: float) -> tuple[float, float, float]:
+        """Seconds a pixel of the grid level, and of both sweeps over one tile while every thread has one; and of a
+        retouch of it."""
         denoise = CanvasDenoiser(
             brush, _embeddings(brush, square), square, mpp=canvas.mpp, guidance=guidance, tile=side
         )
 
         def sweeps(tile: Grid) -> None:
             denoise.sketch(state, tile)
-            denoise.image(state, tile)
+            seen[tile] = denoise.image(state, tile, keep=guidance == 1)
+
+        def retouch(tile: Grid) -> None:
+            denoise.retouch(seen[tile].state, tile, seen[tile], tile, tile, 1.0)
 
         denoise.at(1.0)
         nodes = [(tile, denoise.sketch(state, tile)) for tile in denoise.tiles(state)]
         denoise.prepare(state, 1.0, lambda _: nodes)
         list(side_by_side(sweeps, [inner] * threads))  # the first ones also warm up
         layout = _seconds(lambda: denoise.prepare(state, 1.0, lambda _: nodes)) / _pixels(square)
-        return layout, _seconds(lambda: list(side_by_side(sweeps, [inner] * threads)))
+        both = _seconds(lambda: list(side_by_side(sweeps, [inner] * threads)))
+        again = _seconds(lambda: list(side_by_side(retouch, [inner] * threads))) if guidance == 1 else 0.0
+        return layout, both, again
 
     costs = {guidance: timed(guidance) for guidance in {1.0, painting.guidance}}
     total = 0.0
     for stage in stages(ladder, painting):
         if stage.move is not None:
-            layout, both = costs[guidance_at(painting, stage)]
+            layout, both, _ = costs[guidance_at(painting, stage)]
+            again = costs[1.0][2] * len(stage.retouches)
             level = area.level(stage.level)
             tiles = tiles_of(level.shape, side)
-            windows = sum(_pixels(tile.pad(halo).clip(Grid(1.0, 0, 0, *level.shape))) for tile in tiles)
-            total += layout * _pixels(level) + both * windows / _pixels(inner.pad(halo)) / min(len(tiles), threads)
+            margin = halo + brush.denoiser.config.retouch_halo * len(stage.retouches)
+            windows = sum(_pixels(tile.pad(margin).clip(Grid(1.0, 0, 0, *level.shape))) for tile in tiles)
+            share = 1 / min(len(tiles), threads)
+            total += layout * _pixels(level) + both * windows / _pixels(inner.pad(halo)) * share
+            total += again * _pixels(level) / _pixels(inner) * share
     return total
 
 

@@ -172,7 +172,7 @@ class Refine(nn.Module):
 
     def forward(self, u: Tensor, cells: Cells | None = None) -> Tensor:
         """(n, rows, columns, c) -> (n, 2 rows, 2 columns, out), or (cells, c) -> (points, out)."""
-        children: Tensor = self.mix(u)
+        children: Tensor = self.mix(u.contiguous())  # else a product for every row
         if cells is not None:
             return _rows(children.unflatten(-1, (4, -1)).flatten(0, 1), cells.children * 4 + cells.slots)
         n, rows, columns, c = children.shape

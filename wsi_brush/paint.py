@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .brush import Brush
+from .denoiser import DenoiserConfig
 from .diffusion import Ladder, Move, Solver, finer, moves, ramped
 from .errors import MachineError, UsageError
 from .field import NoiseField
@@ -33,7 +35,9 @@ Tell = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 SAVE_EVERY = 60.0
 """Seconds between two generations on disk of a state that is in memory."""
-_GUIDED_FROM = 0.3  # noise of a mean over 1 µm²; below, guidance changed nothing that was seen, and takes more time
+_GUIDED_FROM = 0.6  # noise of a mean over 1 µm²; below, guidance changed nothing that was seen, and takes more time
+_RETOUCHED_BELOW = 0.1  # noise of a pixel; a mean over 8 x 8 of them then carries 0.0125, and shows nothing new
+_RETOUCHES = 3  # at most, one after another
 _PIXEL = 12  # bytes of one pixel of a plane
 _BASE = 1_200_000_000  # bytes of a process that has torch, brush, encoder and the slide's libraries loaded
 _WINDOW = 450  # bytes that the operator takes for a pixel of its window, measured from 640 to 1152 pixels a side
@@ -82,6 +86,7 @@ class Stage(NamedTuple):
     sigma: float  # of the state before it; where it enters the first pitch, of the noise
     move: Move | None
     plain: bool = False  # keeps its evaluation without guidance, for the next one has none to be compared with
+    retouches: tuple[Move, ...] = ()  # moves that follow at once, with what is deeper than 4 pixels kept
 
 
 def stages(ladder: Ladder, painting: Painting) -> list[Stage]:
@@ -100,7 +105,27 @@ def stages(ladder: Ladder, painting: Painting) -> list[Stage]:
         if stage.move is not None:
             found[index] = stage._replace(plain=guidance_at(painting, stage) != guidance_at(painting, following))
             following = stage
+    return _with_retouches(found, painting)
+
+
+def _with_retouches(todo: list[Stage], painting: Painting) -> list[Stage]:
+    """Moves at next to no noise made part of the stage before them."""
+    found: list[Stage] = []
+    for stage in todo:
+        last = found[-1] if found else stage
+        if (
+            stage.move is not None and stage.sigma < _RETOUCHED_BELOW and guidance_at(painting, stage) == 1
+            and last.move is not None and len(last.retouches) < _RETOUCHES
+        ):  # fmt: skip
+            found[-1] = last._replace(retouches=(*last.retouches, stage.move))
+        else:
+            found.append(stage)
     return found
+
+
+def reach(config: DenoiserConfig) -> int:
+    """Pixels around a tile that a stage reads at most."""
+    return config.halo + _RETOUCHES * config.retouch_halo
 
 
 def wants_before(stage: Stage) -> bool:
@@ -132,14 +157,14 @@ def state_bytes(canvas: Grid, ladder: Ladder) -> int:
     return round(_pixels(whole(canvas, ladder)) * (4 * _PIXEL + 2.5))
 
 
-def budget(painting: Painting, *, halo: int) -> tuple[int, int]:
+def budget(painting: Painting, config: DenoiserConfig) -> tuple[int, int]:
     """Side of the tiles, and bytes that are left for the state, within the memory that the painting may take.
 
     Raises:
         UsageError: if it is too little for the smallest tile.
     """
     sides = [side for side in (1024, 768, 512, 256, 128) if side <= painting.tile] or [painting.tile]
-    needs = [_BASE + torch.get_num_threads() * _WINDOW * (side + 2 * halo) ** 2 for side in sides]
+    needs = [_BASE + torch.get_num_threads() * _WINDOW * (side + 2 * reach(config)) ** 2 for side in sides]
     for side, need in zip(sides, needs, strict=True):
         if need <= painting.memory:
             return side, painting.memory - need
@@ -167,7 +192,7 @@ def paint_canvas(
     ladder = brush.ladder.starting_at(canvas.mpp)
     todo = stages(ladder, painting)
     area = whole(canvas, ladder)
-    tile, room = budget(painting, halo=brush.denoiser.config.halo)
+    tile, room = budget(painting, brush.denoiser.config)
     painting = replace(painting, tile=tile)
     on_disk = work is not None and (hands is not None or state_bytes(canvas, ladder) > room)
     done, planes = (work.newest() if work is not None else None) or (0, {})
@@ -247,22 +272,37 @@ class Run:
 
     def tile_after(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid) -> dict[str, Tensor]:
         """x in a tile after a stage, and the last evaluation: after an entry the coarser one, with its slopes."""
-        grid = self._area.level(stage.level)
-        place = Grid(grid.mpp, grid.top + tile.top, grid.left + tile.left, *tile.shape)
         if stage.move is None:
-            return self._entered(stage, planes, tile, place)
-        state, image, plain = self.denoiser(stage).image(planes["x"], tile)
-        before = read_plane(planes["image"], tile) if stage.move.old else None
-        noise = self._field.read(place, stream=stage.move.stream) if stage.move.fresh else None
-        return {"x": stage.move.of(state, image, before, noise), "image": plain if stage.plain else image}
+            return self._entered(stage, planes, tile)
+        denoiser, canvas = self.denoiser(stage), Grid(tile.mpp, 0, 0, *planes["x"].shape[1:])
+        halo, count = self._brush.denoiser.config.retouch_halo, len(stage.retouches)
+        windows = [tile.pad(halo * left).clip(canvas) for left in range(count, -1, -1)]
+        seen = denoiser.image(planes["x"], windows[0], keep=count > 0)
+        before = read_plane(planes["image"], windows[0]) if stage.move.old else None
+        x = stage.move.of(seen.state, seen.image, before, self._fresh(stage, stage.move, windows[0]))
+        image = seen.plain if stage.plain else seen.image
+        for move, (window, inner) in zip(stage.retouches, pairwise(windows), strict=True):
+            found = denoiser.retouch(x, window, seen, inner, canvas, move.sigma)
+            x, before = (u[:, *inner.within(window)] for u in (x, image))
+            x, image = move.of(x, found, before, self._fresh(stage, move, inner)), found
+        return {"x": x, "image": image}
 
-    def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid, place: Grid) -> dict[str, Tensor]:
+    def _fresh(self, stage: Stage, move: Move, window: Grid) -> Tensor | None:
+        return self._noise(stage, window, stream=move.stream) if move.fresh else None
+
+    def _noise(self, stage: Stage, window: Grid, *, stream: int = 0) -> Tensor:
+        """White noise in a window counted from the canvas's corner."""
+        grid = self._area.level(stage.level)
+        place = Grid(grid.mpp, grid.top + window.top, grid.left + window.left, *window.shape)
+        return self._field.read(place, stream=stream)
+
+    def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid) -> dict[str, Tensor]:
         """Noise where nothing is yet, else the coarser state and its last evaluation made finer."""
         if stage.level == self._top:
-            return {"x": stage.sigma * self._field.read(place)}
+            return {"x": stage.sigma * self._noise(stage, tile)}
         below = tile.level(1)
         coarse, image = read_plane(planes["x"], below), ramped(_with_neighbours(planes["image"], below))
-        noise = self._field.read(place, stream=1 + stage.level)
+        noise = self._noise(stage, tile, stream=1 + stage.level)
         return {"x": finer(coarse, stage.sigma, self._details[stage.level], noise, image), "image": image}
 
     def denoiser(self, stage: Stage) -> CanvasDenoiser:

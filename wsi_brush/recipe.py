@@ -91,7 +91,7 @@ class Optimisation(_Strict):
     unconditional: float = 0.1
     full_range: float = 0.1  # part of the scenes whose noise is drawn from the whole range, whatever their pitch
     tolerance: float | tuple[float, ...] = (0.025, 0.005, 0.005, 0.005)  # of `diffusion.Ladder`, as the next
-    sigma_min: float = Field(default=0.03, gt=0)
+    sigma_min: float = Field(default=0.02, gt=0)
     margin: float = 1.5  # noise levels are drawn this factor beyond those that the solver visits
     seed: int = 0
     start: str | None = None  # a brush to start from, instead of from nothing: "bundled" or a folder

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .brush import Brush
 from .condition import ConditionMap
-from .denoiser import NODE, TokenParts, node_mass
+from .denoiser import NODE, Around, TokenParts, node_mass
 from .diffusion import coefficients
 from .errors import RefusedError
 from .grid import Grid
@@ -44,6 +44,17 @@ STRIP = 32  # rows of nodes that the grid level takes at once
 
 Sweep = Callable[[Iterable[Grid]], Iterable[tuple[Grid, NDArray[np.float32]]]]
 """Has tiles sketched, by whatever hands: tiles and their nodes, in any order."""
+
+
+class Seen(NamedTuple):
+    """An evaluation in a tile: the state there, its image, the image without guidance, (3, h, w) each; and what
+    `CanvasDenoiser.retouch` needs of it."""
+
+    tile: Grid
+    state: Tensor
+    image: Tensor
+    plain: Tensor
+    kept: Tensor | None
 
 
 class CanvasDenoiser:
@@ -93,7 +104,7 @@ class CanvasDenoiser:
 
     def at(self, sigma: float) -> None:
         """What follows is asked at this noise level."""
-        self._sigma, self._into = sigma, coefficients(torch.tensor(sigma))[2].item()
+        self._sigma, self._into = sigma, _coefficients(sigma)[2]
         for asked in self._asked:
             asked.at(sigma)
 
@@ -122,20 +133,33 @@ class CanvasDenoiser:
             asked.open_features()
 
     @torch.inference_mode()
-    def image(self, x: Plane, tile: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """Sweep B at one tile, counted from the canvas's corner: the state there, its image, and its image without
-        guidance, (3, h, w) each."""
+    def image(self, x: Plane, tile: Grid, *, keep: bool = False) -> Seen:
+        """Sweep B at one tile, counted from the canvas's corner; `keep` what `retouch` needs."""
         window = tile.pad(self._net.config.halo).clip(_canvas(x))
         rows, columns = tile.within(window)
         around = read_plane(x, window)
         state = around[:, rows, columns]
         features = self._net.descend(around[None] * self._into, self._asked[0].setting)
-        said = [asked.paint(features, window, tile) for asked in self._asked]
-        skip, out, _ = (value.item() for value in coefficients(torch.tensor(self._sigma)))
-        plain = skip * state + out * said[0]
-        if len(said) == 1:
-            return state, plain, plain
-        return state, skip * state + out * torch.lerp(said[1], said[0], self._guidance), plain
+        (said, mid), *others = [asked.paint(features, window, tile) for asked in self._asked]
+        kept = self._net.keep(features, mid, _around(tile, window)) if keep else None
+        skip, out, _ = _coefficients(self._sigma)
+        plain = skip * state + out * said
+        image = plain if not others else skip * state + out * torch.lerp(others[0][0], said, self._guidance)
+        return Seen(tile, state, image, plain, kept)
+
+    @torch.inference_mode()
+    def retouch(self, x: Tensor, window: Grid, seen: Seen, tile: Grid, canvas: Grid, sigma: float) -> Tensor:
+        """The image in `tile`, without guidance, of a state in `window` around it whose noise is a little less than
+        that of `seen`, which covers the window: what is deeper than 4 pixels is kept from there."""
+        assert seen.kept is not None
+        reach = self._net.config.reaches[0]
+        rows, columns = tile.pad(reach).clip(canvas).within(seen.tile.pad(reach).clip(canvas))
+        kept = seen.kept[:, rows.start // 4 : rows.stop // 4, columns.start // 4 : columns.stop // 4]
+        setting = self._net.at(self._asked[0].setting, torch.full((1,), sigma))
+        skip, out, into = _coefficients(sigma)
+        said = self._net.retouch(x[None] * into, setting, kept, around=_around(tile, window))[0]
+        rows, columns = tile.within(window)
+        return skip * x[:, rows, columns] + out * said
 
     def tiles(self, x: Plane) -> list[Grid]:
         """The tiles of a canvas of x's size."""
@@ -145,9 +169,9 @@ class CanvasDenoiser:
         """The whole image in a state that is in memory."""
         plane, image = x.numpy(), torch.empty_like(x)
         self.prepare(plane, sigma)
-        for tile, (_, found, _) in side_by_side(partial(self.image, plane), self.tiles(plane)):
+        for tile, seen in side_by_side(partial(self.image, plane), self.tiles(plane)):
             rows, columns = tile.within(_canvas(plane))
-            image[:, rows, columns] = found
+            image[:, rows, columns] = seen.image
         return image
 
 
@@ -209,18 +233,18 @@ class _Asked:
         total = _read(nodes, window)[None]
         return self._net.layout_near(total, mass[:, window], self.setting, row=window.start)
 
-    def paint(self, features: tuple[Tensor, Tensor, Tensor], window: Grid, tile: Grid) -> Tensor:
-        """What the operator says in a tile, (3, h, w), from the features of a window that its halo surrounds."""
+    def paint(self, features: tuple[Tensor, Tensor, Tensor], window: Grid, tile: Grid) -> tuple[Tensor, Tensor]:
+        """What the operator says in a tile, (3, h, w), from the features of a window that its halo surrounds; and its
+        features at 4 pixels."""
         assert self._grid is not None
         top, left = window.top // NODE, window.left // NODE
         bottom, right = -(-window.bottom // NODE) + 1, -(-window.right // NODE) + 1
         grid = _read(self._grid, (slice(top, bottom), slice(left, right)))[None]
         corner = (torch.tensor([float(window.top)]), torch.tensor([float(window.left)]))
-        around = tile.top - window.top, tile.left - window.left, window.bottom - tile.bottom, window.right - tile.right
-        said = self._net.ascend(
-            features, self.setting, grid, self.memory, corner=corner, node=(top, left), around=around
+        said, mid = self._net.ascend(
+            features, self.setting, grid, self.memory, corner=corner, node=(top, left), around=_around(tile, window)
         )
-        return said[0]
+        return said[0], mid
 
 
 def read_plane(plane: Plane, window: Grid) -> Tensor:
@@ -239,6 +263,15 @@ def _read(plane: Plane, window: slice | tuple[slice, ...]) -> Tensor:
         where = getattr(plane, "store_path", "the state")
         raise RefusedError(f"{where}: damaged ({error}); remove the work folder to begin anew") from None
     return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _around(tile: Grid, window: Grid) -> Around:
+    return tile.top - window.top, tile.left - window.left, window.bottom - tile.bottom, window.right - tile.right
+
+
+def _coefficients(sigma: float) -> tuple[float, float, float]:
+    skip, out, into = (value.item() for value in coefficients(torch.tensor(sigma)))
+    return skip, out, into
 
 
 def _canvas(x: Plane) -> Grid:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 KIND = "pyramid"
 MARK = "right half: synthetic image, painted by wsi-brush; not for diagnosis"
 """Stands in the comment of every picture of a pair."""
-_BATCH = 128  # tiles compared at once
+_COMPARED = 64  # tiles of a pitch that are compared at most
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def synthesize_slide(
         )
         hands = None
         if client is not None:
-            painting = replace(painting, tile=budget(painting, halo=brush.denoiser.config.halo)[0])
+            painting = replace(painting, tile=budget(painting, brush.denoiser.config)[0])
             area = whole(canvas, ladder)
             hands = Cluster(client, work.folder, brush=brush, maps=maps, area=area, painting=painting)
         state = paint_canvas(brush, maps, canvas, painting, work=work, hands=hands, tell=tell)
@@ -238,8 +238,9 @@ def read_reference(slide: Slide, canvas: Grid, grid: Grid) -> NDArray[np.uint8]:
 def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder: Encoder) -> dict[float, float]:
     """Mean cosine between standardised embeddings of a painting and of its reference at the same place, by pitch.
 
-    Over the tiles that lie whole inside the painting and hold tissue in the reference, whatever was painted there. NaN
-    where there is none, and at pitches finer than the painting's, of which it has nothing to show.
+    Over the tiles that lie whole inside the painting and hold tissue in the reference, whatever was painted there; of
+    many, over 64 that are spread evenly. NaN where there is none, and at pitches finer than the painting's, of which it
+    has nothing to show.
     """
     cells = _whole_cells(canvas, PITCH)
     tissue = Tissue(tissue_mask(read_reference(slide, canvas, cells), PITCH), cells)
@@ -248,13 +249,14 @@ def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder
         lattice = _whole_cells(canvas, encoder.tile * mpp)
         seen = tissue.cover(lattice) >= COVER if mpp > 0.99 * canvas.mpp else np.zeros(lattice.shape, np.bool_)
         corners = np.argwhere(seen) * encoder.tile
-        cosines = []
-        for start in range(0, len(corners), _BATCH):
-            grids = [Grid(mpp, int(y), int(x), encoder.tile, encoder.tile) for y, x in corners[start : start + _BATCH]]
-            real = encoder(np.stack([read_reference(slide, canvas, grid) for grid in grids]))
-            ours = encoder(np.stack([painted.read(grid) for grid in grids]))
-            cosines.append(_cosine(brush.standardised(mpp, real), brush.standardised(mpp, ours)))
-        found[mpp] = float(np.concatenate(cosines).mean()) if cosines else math.nan
+        corners = corners[np.linspace(0, len(corners) - 1, min(len(corners), _COMPARED)).round().astype(int)]
+        if not len(corners):
+            found[mpp] = math.nan
+            continue
+        grids = [Grid(mpp, int(y), int(x), encoder.tile, encoder.tile) for y, x in corners]
+        real = encoder(np.stack([read_reference(slide, canvas, grid) for grid in grids]))
+        ours = encoder(np.stack([painted.read(grid) for grid in grids]))
+        found[mpp] = float(_cosine(brush.standardised(mpp, real), brush.standardised(mpp, ours)).mean())
     return found
 
 

@@ -58,11 +58,14 @@ def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, paint
     from ..tissue import find_tissue
 
     ladder = brush.ladder.starting_at(painting.mpp)  # before the slide is searched for tissue
-    tile, room = budget(painting, halo=brush.denoiser.config.halo)
+    tile, room = budget(painting, brush.denoiser.config)
     canvas = choose_canvas(slide, painting, find_tissue(slide))
     seconds = painting_seconds(brush, canvas, painting) + embedding_seconds(encoder, brush, canvas)
     pixels, state = canvas.height * canvas.width, state_bytes(canvas, ladder)
-    moves = Counter(stage.mpp for stage in stages(ladder, painting) if stage.move)
+    moves: Counter[float] = Counter()
+    for stage in stages(ladder, painting):
+        if stage.move is not None:
+            moves[stage.mpp] += 1 + len(stage.retouches)
     memory = painting.memory - room + (state if state <= room else 0)
     return {
         "canvas": f"{canvas.height} x {canvas.width} pixels at {canvas.mpp:g} µm",
