@@ -34,6 +34,12 @@ The modules, in the order of the data; a module imports only what stands above i
     cluster       the tiles of a sweep on a Dask cluster
     pyramid       Pyramid: an OME-Zarr slide being written
     synthesize    verb: brush + reference -> pyramid
+    samples       what is looked at when slides are compared: tiles at chosen places
+    texture       what a picture of H&E is made of, in figures that need no network
+    likeness      how like two sides are
+    control       whether a painting shows what it was asked for
+    evaluate      verb: real and synthetic slides -> figures
+    report        figures and pictures as a folder to be read
     cli           the words
 """
 

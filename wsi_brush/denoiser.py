@@ -297,18 +297,22 @@ class Denoiser(nn.Module):
         """
         deep = _cut(features[-1], around, self.config.reaches[-1], CELL)
         top, left = (max(0, side - self.config.reaches[-1]) for side in around[:2])
-        rows = (torch.arange(deep.shape[1], device=deep.device) + 0.5) * CELL + top
-        columns = (torch.arange(deep.shape[2], device=deep.device) + 0.5) * CELL + left
+        given, place = self._given(setting, grid, deep, corner=(corner[0] + top, corner[1] + left), node=node)
+        mid = self._up((*features[:2], deep), setting, given, place, memory, around=around)
+        return self._out(features[0], mid, setting, around=around).permute(0, 3, 1, 2), mid
+
+    def _given(
+        self, setting: Setting, grid: Tensor, deep: Tensor, *, corner: tuple[Tensor, Tensor], node: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """What the cells at 8 pixels are told, by embeddings and layout, and their places as features."""
+        rows, columns = ((torch.arange(size, device=deep.device) + 0.5) * CELL for size in deep.shape[1:3])
         reads, places, gathered = [], [], []
         for scene in range(len(deep)):
             at_rows, at_columns = rows + corner[0][scene], columns + corner[1][scene]
             reads.append(setting.read_scene(at_rows, at_columns, scene))
             places.append(setting.places(at_rows, at_columns, scene))
             gathered.append(interpolate(grid[scene], at_rows / NODE - node[0], at_columns / NODE - node[1]))
-        read, place, layout = torch.stack(reads), self.place(torch.stack(places)), torch.stack(gathered)
-        given = read + self.gather(layout)
-        mid = self._up((*features[:2], deep), setting, given, place, memory, around=around)
-        return self._out(features[0], mid, setting, around=around).permute(0, 3, 1, 2), mid
+        return torch.stack(reads) + self.gather(torch.stack(gathered)), self.place(torch.stack(places))
 
     def keep(self, features: tuple[Tensor, Tensor, Tensor], mid: Tensor, around: Around) -> Tensor:
         """What the level of 8 pixels and the way up add at 4 pixels, for `retouch`: from the two halves of `paint`."""
@@ -366,7 +370,7 @@ class Denoiser(nn.Module):
             reach -= CELL
             if depth == max(len(self.middle8) // 2, 1) - 1:
                 u = self.cross8(u, place, memory, at8)
-        mid = _cut(mid, around, mid_reach, 4) + self.leave8(u, at8)
+        mid = self.leave8(u, at8, onto=_cut(mid, around, mid_reach, 4))
         for block in self.up4:
             mid = block(mid, setting.signal, at4)
         return _cut(mid, _left(around, mid_reach), self.config.reaches[0], 4)
@@ -377,7 +381,7 @@ class Denoiser(nn.Module):
     ) -> Tensor:  # fmt: skip
         at2, at4, _ = scatter.levels if scatter is not None else (None, None, None)
         reach = self.config.reaches[0]
-        fine = _cut(fine, around, reach, 2) + self.leave4(mid, at4)
+        fine = self.leave4(mid, at4, onto=_cut(fine, around, reach, 2))
         for block in self.up2:
             fine = block(fine, setting.signal, at2)
         out: Tensor = self.leave2(_cut(fine, _left(around, reach), 0, 2), at2)

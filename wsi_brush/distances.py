@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.float64]
+Groups = NDArray[np.intp]
 Figure = Callable[[Vectors, Vectors], float]
 _ROWS = 1024  # of a distance matrix that is held at once
 
@@ -104,17 +105,24 @@ def _squares(one: Vectors, two: Vectors) -> Iterator[Vectors]:
 
 
 def interval(
-    figure: Figure, real: Vectors, other: Vectors, *, draws: int = 100, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
+    figure: Figure, real: Vectors, other: Vectors, *, draws: int = 100, seed: int = 0, level: float = 0.95,
+    groups: tuple[Groups, Groups] | None = None,
+) -> tuple[float, float]:  # fmt: skip
     """A bootstrap interval of a figure: the rows of both sets are drawn again, with replacement.
 
-    Drawn again, a set has fewer distinct vectors, which makes it look further away: the interval is moved so that its
-    middle (median) is the figure itself.
+    `groups`: a number for each row of both sets; rows of one number are drawn together, since neighbours that share
+    pixels are no independent witnesses. Drawn again, a set has fewer distinct vectors, which makes it look further
+    away: the interval is moved so that its middle (median) is the figure itself.
     """
     random, found = np.random.default_rng(seed), []
+    sets = (real, other)
+    members = [
+        [np.flatnonzero(one == number) for number in np.unique(one)]
+        for one in groups or tuple(np.arange(len(vectors)) for vectors in sets)
+    ]
     for _ in range(draws):
-        rows = (random.integers(len(vectors), size=len(vectors)) for vectors in (real, other))
-        found.append(figure(real[next(rows)], other[next(rows)]))
+        rows = [np.concatenate([ms[k] for k in random.integers(len(ms), size=len(ms))]) for ms in members]
+        found.append(figure(real[rows[0]], other[rows[1]]))
     low, middle, high = np.quantile(found, [(1 - level) / 2, 0.5, (1 + level) / 2])
     value = figure(real, other)
     return value + float(low - middle), value + float(high - middle)

@@ -170,13 +170,15 @@ class Refine(nn.Module):
         super().__init__()
         self.mix = nn.Linear(channels, 4 * out)
 
-    def forward(self, u: Tensor, cells: Cells | None = None) -> Tensor:
-        """(n, rows, columns, c) -> (n, 2 rows, 2 columns, out), or (cells, c) -> (points, out)."""
+    def forward(self, u: Tensor, cells: Cells | None = None, onto: Tensor | float = 0.0) -> Tensor:
+        """(n, rows, columns, c) -> (n, 2 rows, 2 columns, out), or (cells, c) -> (points, out), added to `onto`."""
         children: Tensor = self.mix(u.contiguous())  # else a product for every row
         if cells is not None:
-            return _rows(children.unflatten(-1, (4, -1)).flatten(0, 1), cells.children * 4 + cells.slots)
+            return onto + _rows(children.unflatten(-1, (4, -1)).flatten(0, 1), cells.children * 4 + cells.slots)
         n, rows, columns, c = children.shape
         children = children.reshape(n, rows, columns, 2, 2, c // 4).permute(0, 1, 3, 2, 4, 5)
+        if isinstance(onto, Tensor):  # in one pass over memory
+            children = onto.unflatten(2, (columns, 2)).unflatten(1, (rows, 2)) + children
         return children.reshape(n, 2 * rows, 2 * columns, c // 4)
 
 

@@ -15,14 +15,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from .. import __version__
 from ..errors import UsageError
 from . import plans
-from .manners import Shown, errors, interrupted, prepare, print_plan, print_table, say
+from .manners import Shown, errors, interrupted, prepare, print_figures, print_plan, print_table, say
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -221,6 +222,61 @@ def train(
             typer.echo(json.dumps({"path": str(out), "steps": made["steps"], "minutes": made["minutes"]}))
         elif not quiet:
             typer.echo(f"{out}: {made['steps']} steps in {made['minutes']} minutes")
+
+
+class _Lists(TyperCommand):
+    """A command whose options take as many values as follow: --real A B C is --real A --real B --real C."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        many = {word for option in self.params if option.multiple for word in option.opts}
+        spread: list[str] = []
+        for word in args:
+            if spread and not word.startswith("-") and len(spread) > 1 and spread[-2] in many:
+                spread.append(spread[-2])
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=_Lists)
+def evaluate(
+    real: Annotated[list[Path], typer.Option("--real", help="Real slides, or folders of them.", metavar="SLIDE...")],
+    synthetic: Annotated[
+        list[Path], typer.Option("--synthetic", help="Synthetic slides, in the same order.", metavar="SLIDE...")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of report.json and report.html.")],
+    encoder: Annotated[str, typer.Option(help=f"{_ENCODERS}.")] = "bundled",
+    codec: Annotated[str, typer.Option(help="What both sides go through first: jpeg:Q or none.")] = "jpeg:90",
+    most: Annotated[int, typer.Option(help="Tiles of a side and scale that are looked at.", min=16)] = 1024,
+    seed: Annotated[int, typer.Option(help="Draws tiles and intervals.", min=0)] = 0,
+    assume_mpp: AssumeMpp = None,
+    overwrite: Overwrite = False,
+    threads: Threads = 0,
+    json_: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Real and synthetic slides to a report: how near they are, beside how near real is to real."""
+    with errors(debug):
+        from ..commit import check_target
+        from ..encoder import load_encoder
+        from ..evaluate import evaluate_slides
+        from ..report import KIND, write_report
+        from ..samples import Codec
+
+        Codec(codec)
+        check_target(out, kind=KIND, overwrite=overwrite)
+        prepare(threads)
+        loaded = load_encoder(encoder)
+        with Shown(quiet) as progress:
+            figures = evaluate_slides(
+                real, synthetic, encoder=loaded, codec=codec, assume_mpp=assume_mpp, most=most, seed=seed,
+                tell=progress, then=lambda sides, figures: write_report(out, sides, figures, overwrite=overwrite),
+            )  # fmt: skip
+        if json_:
+            typer.echo(json.dumps(figures, indent=1, ensure_ascii=False))
+        elif not quiet:
+            print_figures(figures)
+            typer.echo(f"{out / 'report.html'}: all of it, with pictures; took {figures['seconds']:.0f} s")
 
 
 @app.command()

@@ -74,6 +74,32 @@ def print_plan(plan: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"{name}: {', '.join(value) or 'none' if isinstance(value, list) else value}")
 
 
+def print_figures(figures: dict[str, Any]) -> None:
+    """What an evaluation found, in a few lines."""
+    for note in figures["notes"]:
+        say(note)
+    for mpp, scale in figures["scales"].items():
+        parts = [scale["missing"]] if "missing" in scale else []
+        for name in ("frechet", "kernel", "precision", "recall", "coverage"):
+            one = scale.get(name, {"missing": ""})
+            if "missing" not in one:
+                parts.append(f"{name} {one['value']:.3g} (floor {one['floor']:.3g})")
+        typer.echo(f"{mpp} µm, {scale['n']} tiles: {', '.join(parts)}")
+    texture = figures["texture"]
+    if "missing" in texture:
+        typer.echo(f"texture: {texture['missing']}")
+    else:
+        ratios = " ".join(f"{ratio:.2f}" for ratio in texture["octaves"]["ratio"])
+        nuclei = [texture["nuclei"][side] for side in ("real", "synthetic")]
+        typer.echo(f"power of octaves, finest first, synthetic over real: {ratios}")
+        typer.echo(f"nuclei per mm²: {nuclei[0]['density']:.0f} real, {nuclei[1]['density']:.0f} synthetic")
+    for name, one in (figures["control"] or {}).items():
+        cosines = ", ".join(f"{c['mean']:.3f} at {mpp} µm" for mpp, c in one["cosine"].items() if "mean" in c)
+        found = one["retrieval"]
+        top = f"; own reference first of {found['regions']}: {100 * found['top1']:.0f} %" if "top1" in found else ""
+        typer.echo(f"cosine with the reference in {name}: {cosines or 'too few tiles'}{top}")
+
+
 def print_table(reports: list[SlideReport]) -> None:
     from rich.console import Console
     from rich.markup import escape

@@ -1,0 +1,151 @@
+"""Figures and pictures as a folder to be read: `report.json`, and `report.html` with everything in it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .commit import staged
+from .grid import Grid
+from .samples import Field, Pair, Sides
+
+KIND = "report"
+_ZOOMS = (("the whole", 0), ("1 mm at 1 µm", 1024), ("128 µm at 0.5 µm", 256))
+_SHOWN, _SIDE = 4, 640  # pairs, and pixels of a picture at most
+
+
+def write_report(target: Path, sides: Sides, figures: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Write a folder with `report.json` and a self-contained `report.html`; whole or not at all.
+
+    Raises:
+        RefusedError: if something is there that may not be replaced.
+        MachineError: if it cannot be written.
+    """
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    template = Environment(autoescape=True).from_string(Path(__file__).with_name("report.html").read_text("utf-8"))
+    shown = sides.pairs or [Pair(0, 0, 0.0, 0.0)]
+    page = template.render(
+        figures=figures, pictures=[_pictures(sides, pair) for pair in shown[:_SHOWN]], worst=_worst(sides, figures),
+        curves=Markup(_curves(figures["texture"])), areas=Markup(_areas(figures["texture"])),
+    )  # fmt: skip
+    with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
+        (stage / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False), "utf-8")
+        (stage / "report.html").write_text(page, "utf-8")
+
+
+# -- pictures ------------------------------------------------------------------------------------------
+
+
+def _pictures(sides: Sides, pair: Pair) -> dict[str, Any]:
+    real, synthetic = sides.real[pair.real], sides.synthetic[pair.synthetic]
+    title = f"{real.name} and {synthetic.name}" + ("" if sides.pairs else " (no pair: each at its own middle)")
+    zooms = []
+    for words, pixels in _ZOOMS:
+        views = []
+        for one in (real, synthetic):
+            if pixels:
+                mpp = max(1.0 if pixels == 1024 else 0.5, one.slide.mpp)
+                area = _middle(one, mpp, min(pixels, *(int(s * one.slide.mpp / mpp) for s in one.area.shape)))
+            else:
+                area = one.area.at(one.slide.mpp * max(1.0, max(one.area.shape) / _SIDE))
+            views.append(_coded(one.slide.read(area)))
+        zooms.append((*views, words))
+    return {"title": title, "zooms": zooms}
+
+
+def _middle(one: Field, mpp: float, side: int) -> Grid:
+    top, left, bottom, right = one.area.extent
+    row, column = (round((low + high) / 2 / mpp - side / 2) for low, high in ((top, bottom), (left, right)))
+    return Grid(mpp, row, column, side, side)
+
+
+def _worst(sides: Sides, figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The tiles with the smallest cosine at the finest scale, in the first encoder."""
+    if not figures["control"]:
+        return []
+    name, found = figures["encoder"]["name"], []
+    mpp, scale = next(iter(figures["control"][name]["cosine"].items()))
+    side = figures["encoder"]["tile"]
+    for one in scale.get("worst", []):
+        there, here = (Grid(float(mpp), one[name][0], one[name][1], side, side) for name in ("there", "place"))
+        real, ours = sides.real[one["real"]].slide.read(there), sides.synthetic[one["synthetic"]].slide.read(here)
+        place = f"{sides.synthetic[one['synthetic']].name}, row {one['place'][0]}, column {one['place'][1]}"
+        found.append((_coded(real), _coded(ours), f"cosine {one['cosine']}; {place}"))
+    return found
+
+
+def _coded(pixels: NDArray[np.uint8]) -> str:
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((_SIDE, _SIDE))
+    found = io.BytesIO()
+    image.save(found, "JPEG", quality=90)
+    return base64.b64encode(found.getvalue()).decode("ascii")
+
+
+# -- curves --------------------------------------------------------------------------------------------
+
+_WIDTH, _HEIGHT, _EDGE = 520, 200, 36
+
+
+def _curves(texture: dict[str, Any]) -> str:
+    """Power of each octave, synthetic over real, with its interval and the floor."""
+    if "missing" in texture:
+        return ""
+    one = texture["octaves"]
+    top = max(1.5, *one["high"])
+    band = [*zip(range(len(one["low"])), one["low"], strict=True)]
+    band += [*zip(range(len(one["high"])), one["high"], strict=True)][::-1]
+    count = len(one["ratio"])
+    lines = [
+        f'<polygon points="{_points(band, count, top)}" fill="#a0000022"/>',
+        f'<polyline points="{_points([(0, 1.0), (count - 1, 1.0)], count, top)}" stroke="#bbb" fill="none"/>',
+        f'<polyline points="{_points([*enumerate(one["ratio"])], count, top)}" stroke="#a00000" fill="none"/>',
+    ]
+    floor = [(k, v) for k, v in enumerate(one["floor"]) if v is not None]
+    lines.append(
+        f'<polyline points="{_points(floor, count, top)}" stroke="#3060a0" fill="none" stroke-dasharray="4 3"/>'
+    )
+    labels = [f"{value:g} µm" for value in one["wavelength"]]
+    return _figure(lines, labels, top, "power, synthetic / real (red, 95 %); real / real (blue); finest octave left")
+
+
+def _areas(texture: dict[str, Any]) -> str:
+    """How large nuclei are on both sides."""
+    if "missing" in texture:
+        return ""
+    lines, shares = [], []
+    for side, colour in (("real", "#3060a0"), ("synthetic", "#a00000")):
+        counts = np.asarray(texture["nuclei"][side]["areas"], float)
+        shares.append((counts / max(counts.sum(), 1), colour))
+    top = max(1e-3, *(float(share.max()) for share, _ in shares))
+    for share, colour in shares:
+        points = [(k, float(value)) for k, value in enumerate(share)]
+        lines.append(f'<polyline points="{_points(points, len(share), top)}" stroke="{colour}" fill="none"/>')
+    return _figure(lines, ["0", "50", "100", "150", "200 µm²"], top, "areas of nuclei: real (blue), synthetic (red)")
+
+
+def _points(points: Sequence[tuple[int, float]], count: int, top: float) -> str:
+    across, up = (_WIDTH - 2 * _EDGE) / max(count - 1, 1), (_HEIGHT - 2 * _EDGE) / top
+    return " ".join(f"{_EDGE + k * across:.1f},{_HEIGHT - _EDGE - min(value, top) * up:.1f}" for k, value in points)
+
+
+def _figure(lines: Sequence[str], labels: Sequence[str], top: float, words: str) -> str:
+    across = (_WIDTH - 2 * _EDGE) / max(len(labels) - 1, 1)
+    texts = [
+        f'<text x="{_EDGE + k * across:.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{label}</text>'
+        for k, label in enumerate(labels)
+    ]
+    texts.append(f'<text x="4" y="{_EDGE}">{top:.2g}</text><text x="4" y="{_HEIGHT - _EDGE}">0</text>')
+    texts.append(f'<text x="{_EDGE}" y="16">{words}</text>')
+    return f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img">{"".join([*lines, *texts])}</svg>'
