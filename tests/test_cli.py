@@ -204,10 +204,10 @@ class TestStart:
             ran = from_nothing(*arguments)
             assert ran.returncode == 0
             assert ran.stderr == ""
-            assert all(word in ran.stdout for word in ("embed", "synthesize", "train", "verify"))
+            assert all(word in ran.stdout for word in ("embed", "synthesize", "train", "evaluate", "verify"))
 
     def test_every_verb_has_its_help(self, words: Words) -> None:
-        for verb in ("embed", "synthesize", "train", "verify"):
+        for verb in ("embed", "synthesize", "train", "evaluate", "verify"):
             ran = words(verb, "--help")
             assert (ran.code, ran.err) == (0, "")
             assert all(option in ran.out for option in ("--json", "--quiet", "--debug"))
@@ -243,6 +243,11 @@ class TestUsage:
             (["synthesize", "--ref", "a.svs", "-o", "b", "--seed", 2**63], "--seed"),
             (["synthesize", "--ref", "a.svs", "-o", "b", "--steps", "1"], "--steps"),
             (["synthesize", "--ref", "a.svs", "-o", "b", "--guidance", "nan"], "--guidance nan"),
+            (["evaluate", "--real", "a.svs", "-o", "out"], "--synthetic"),
+            (
+                ["evaluate", "--real", "a", "--synthetic", "b", "-o", "c", "--codec", "gif"],
+                "--codec gif: expected none",
+            ),
             (["verify"], "Missing argument"),
         ],
     )
@@ -253,6 +258,49 @@ class TestUsage:
 
     def test_the_line_says_where_help_is(self, words: Words) -> None:
         assert words("embed").one_line(1).endswith("See: wsi-brush embed --help")
+
+
+class TestEvaluate:
+    def test_two_of_each_side_make_a_report(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
+        """As a shell spreads names after one option."""
+        other, third = (shutil.copy(tissue_slide, tmp_path / name) for name in ("other.tif", "third.tif"))
+        report = tmp_path / "report"
+        arguments = ["--real", tissue_slide, other, "--synthetic", other, third, "-o", report, "--most", 16]
+        plan = words("evaluate", *arguments, "--dry-run")
+        assert plan.code == 0
+        assert "tissue.tif (0.5 µm per pixel), other.tif (0.5 µm per pixel)" in plan.out
+        assert not report.exists()
+        ran = words("evaluate", *arguments, "--json")
+        assert ran.code == 0, ran.err
+        figures = json.loads(ran.out)
+        assert figures == json.loads((report / "report.json").read_text("utf-8"))
+        assert [one["name"] for one in figures["synthetic"]] == ["other.tif", "third.tif"]
+        assert [one["name"] for one in figures["real"]] == ["tissue.tif", "other.tif"]
+        assert set(figures["control"]) == {"bundled", "descriptor"}
+        assert words("verify", report).code == 0
+        again = words("evaluate", *arguments)
+        assert again.one_line(4)
+        shown = words("evaluate", *arguments, "--overwrite", "--quiet")
+        assert (shown.code, shown.out) == (0, "")
+
+    def test_what_cannot_be_compared_is_one_line(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
+        blank = write_pyramid(tmp_path / "blank.tif", [np.full((512, 512, 3), 245, np.uint8)])
+        (tmp_path / "empty").mkdir()
+        for other, code, said in (
+            (tmp_path / "none.tif", 3, "none.tif"),
+            (blank, 3, "blank.tif: no tissue"),
+            (tmp_path / "empty", 1, "no slides in this folder"),
+        ):
+            for sides in (("--real", "--synthetic"), ("--synthetic", "--real")):
+                report = tmp_path / "report"
+                ran = words("evaluate", sides[0], tissue_slide, sides[1], other, "-o", report, "--quiet")
+                assert said in ran.one_line(code)
+                assert not report.exists()
+        mine = tmp_path / "mine"
+        mine.mkdir()
+        (mine / "notes.txt").write_text("mine")
+        ran = words("evaluate", "--real", tissue_slide, "--synthetic", tissue_slide, "-o", mine, "--overwrite")
+        assert "mine" in ran.one_line(4)
 
 
 class TestBadSlides:

@@ -331,3 +331,14 @@ class TestDescriptor:
     def test_sides_that_do_not_divide(self) -> None:
         with pytest.raises(ValueError, match="halved 5 times"):
             descriptor(noise(48, 64))
+
+
+def test_a_finer_lattice_is_not_taken_for_seams() -> None:
+    """Cells of 2 pixels that are flat inside: every even line is a border, of tiles or not."""
+    cells = np.random.default_rng(5).integers(0, 256, (256, 256, 3)).astype(np.uint8)
+    pixels = cells.repeat(2, 0).repeat(2, 1)
+    assert seams(pixels, 2).rank == 1
+    assert seams(pixels, 128).ratio > 1.8
+    assert seams(pixels, 128, among=2).ratio == pytest.approx(1, abs=0.05)
+    with pytest.raises(ValueError, match="no border of blocks of 128 pixels"):
+        seams(pixels, 128, among=128)

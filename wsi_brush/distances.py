@@ -121,8 +121,16 @@ def interval(
         for one in groups or tuple(np.arange(len(vectors)) for vectors in sets)
     ]
     for _ in range(draws):
-        rows = [np.concatenate([ms[k] for k in random.integers(len(ms), size=len(ms))]) for ms in members]
+        rows = [_drawn(random, one, len(vectors)) for one, vectors in zip(members, sets, strict=True)]
         found.append(figure(real[rows[0]], other[rows[1]]))
     low, middle, high = np.quantile(found, [(1 - level) / 2, 0.5, (1 + level) / 2])
     value = figure(real, other)
     return value + float(low - middle), value + float(high - middle)
+
+
+def _drawn(random: np.random.Generator, members: list[Groups], count: int) -> Groups:
+    """`count` rows in groups that are drawn with replacement, the last one cut."""
+    rows: list[Groups] = []
+    while sum(map(len, rows)) < count:
+        rows.append(members[random.integers(len(members))])
+    return np.concatenate(rows)[:count]

@@ -136,7 +136,7 @@ def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | N
             "distance": stain_distance(*colours).round(4).tolist(),
             "floor": stain_distance(*(_rows_of(colours[0], half, 2000) for half in (first, second))).round(4).tolist()
             if first and second else None,
-            "mean": [side.mean(0).round(4).tolist() for side in colours],
+            "mean": [side.mean(0, dtype=np.float64).round(4).tolist() for side in colours],
         },
         "nuclei": _nuclei(nuclei[0], nuclei[1], seed),
     }  # fmt: skip
@@ -189,15 +189,20 @@ def _nuclei(real: list[Nuclei], synthetic: list[Nuclei], seed: int) -> dict[str,
 
 
 def borders(sides: Sides) -> list[dict[str, Any]]:
-    """Whether lines of tiles are seen in the synthetic slides: at 256 pixels (their chunks) and 1024 (our tiles)."""
-    found = []
-    for one in sides.synthetic:
+    """Whether a lattice is seen in the synthetic slides, and in the real ones that they follow at the same places.
+
+    Cells of 2 and 8 pixels are the lattices of the operator, 256 and 1024 are chunks and tiles; the latter are compared
+    with other lines of the operator's lattice, every 32 pixels.
+    """
+    real, found = {pair.synthetic: pair for pair in sides.pairs}, []
+    for number, one in enumerate(sides.synthetic):
         area = one.area.clip(Grid(one.slide.mpp, one.area.top, one.area.left, _SEAM, _SEAM))
-        pixels = one.slide.read(area)
-        for period in (256, 1024):
-            if min(pixels.shape[:2]) >= 2 * period:
-                seam = seams(pixels, period)
-                found.append(
-                    {"slide": one.name, "period": period, "ratio": round(seam.ratio, 4), "rank": round(seam.rank, 4)}
-                )
+        pixels = [one.slide.read(area)]
+        if number in real:
+            pixels.append(sides.real[real[number].real].slide.read(real[number].there(area)))
+        for period, among in ((2, 1), (8, 1), (256, 32), (1024, 32)):
+            if min(area.shape) >= 2 * period:
+                ours, *theirs = (seams(side, period, among=among) for side in pixels)
+                said = {"slide": one.name, "period": period, "ratio": round(ours.ratio, 4), "rank": round(ours.rank, 4)}
+                found.append(said | {"floor": round(theirs[0].ratio, 4) if theirs else None})
     return found

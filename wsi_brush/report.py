@@ -108,7 +108,7 @@ def _curves(texture: dict[str, Any]) -> str:
     band += [*zip(range(len(one["high"])), one["high"], strict=True)][::-1]
     count = len(one["ratio"])
     lines = [
-        f'<polygon points="{_points(band, count, top)}" fill="#a0000022"/>',
+        f'<polygon points="{_points(band, count, top)}" fill="#a00000" fill-opacity="0.13"/>',
         f'<polyline points="{_points([(0, 1.0), (count - 1, 1.0)], count, top)}" stroke="#bbb" fill="none"/>',
         f'<polyline points="{_points([*enumerate(one["ratio"])], count, top)}" stroke="#a00000" fill="none"/>',
     ]

@@ -189,15 +189,16 @@ class Seam(NamedTuple):
     rank: float
 
 
-def seams(pixels: NDArray[np.uint8], period: int) -> Seam:
+def seams(pixels: NDArray[np.uint8], period: int, *, among: int = 1) -> Seam:
     """Seams between blocks of `period` pixels that start at the picture's corner, over rows and columns together.
 
-    Offset 0 is between pixels k * period - 1 and k * period, k >= 1. Only lines of the same picture are compared.
+    Offset 0 is between pixels k * period - 1 and k * period, k >= 1. Only lines of the same picture are compared; with
+    `among`, only offsets that are multiples of it, so that a finer lattice is not taken for the seams of this one.
 
     Raises:
-        ValueError: if the picture has no such border, or blocks have no inside.
+        ValueError: if the picture has no such border, or blocks have no other offset.
     """
-    if period < 2 or max(pixels.shape[:2]) <= period:
+    if period < 2 * among or max(pixels.shape[:2]) <= period:
         raise ValueError(f"no border of blocks of {period} pixels lies in a picture of {pixels.shape[:2]}")
     total, pairs = np.zeros(period), np.zeros(period)
     for image in (pixels, pixels.swapaxes(0, 1)):
@@ -207,6 +208,7 @@ def seams(pixels: NDArray[np.uint8], period: int) -> Seam:
         offsets = np.arange(1, len(image)) % period
         total += np.bincount(offsets, steps, period)
         pairs += np.bincount(offsets, minlength=period) * image[0].size
+    total, pairs = total[::among], pairs[::among]
     border, other = total[0] / pairs[0], total[1:].sum() / pairs[1:].sum()
     ratio = border / other if other else (math.inf if border else 1.0)
     return Seam(float(ratio), float((total[1:] / pairs[1:] <= border).mean()))

@@ -253,6 +253,7 @@ def evaluate(
     threads: Threads = 0,
     json_: Json = False,
     quiet: Quiet = False,
+    dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Real and synthetic slides to a report: how near they are, beside how near real is to real."""
@@ -267,6 +268,9 @@ def evaluate(
         check_target(out, kind=KIND, overwrite=overwrite)
         prepare(threads)
         loaded = load_encoder(encoder)
+        if dry_run:
+            print_plan(plans.plan_evaluation(real, synthetic, loaded, out, assume_mpp, most), json_)
+            return
         with Shown(quiet) as progress:
             figures = evaluate_slides(
                 real, synthetic, encoder=loaded, codec=codec, assume_mpp=assume_mpp, most=most, seed=seed,

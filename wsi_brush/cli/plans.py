@@ -78,3 +78,34 @@ def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, paint
         "disk": f"at most {(pixels * 4 + state) / 1e6:.0f} MB, of which {pixels * 4 / 1e6:.0f} MB stay",
         "output": f"{out}{' (exists)' if out.exists() else ''}",
     }
+
+
+def plan_evaluation(
+    real: list[Path], synthetic: list[Path], encoder: Encoder, out: Path, assume_mpp: float | None, most: int
+) -> dict[str, Any]:
+    """What would be compared, and at most how many tiles: time from a batch of blank ones on this machine."""
+    import numpy as np
+
+    from ..embed import find_slides
+    from ..evaluate import SCALES
+    from ..slide import open_slide
+
+    sides = [[open_slide(path, assume_mpp=assume_mpp) for path in find_slides(paths)] for paths in (real, synthetic)]
+    tiles = 0
+    for mpp in SCALES:
+        for side in sides:
+            across = [[length * slide.mpp / mpp / encoder.tile for length in slide.grid.shape] for slide in side]
+            tiles += min(most, sum(int(4 * height * width) for height, width in across))
+    batch = np.zeros((64, encoder.tile, encoder.tile, 3), np.uint8)
+    encoder(batch)
+    start = time.perf_counter()
+    encoder(batch)
+    seconds = (time.perf_counter() - start) * 1.5 * tiles / len(batch)  # half as many again for control
+    return {
+        "real": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[0]],
+        "synthetic": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[1]],
+        "encoder": encoder.name,
+        "tiles": f"at most {tiles}",
+        "time": f"at most {seconds / 60:.1f} minutes in the encoder, and about one more",
+        "output": f"{out}{' (exists)' if out.exists() else ''}",
+    }
