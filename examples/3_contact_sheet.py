@@ -22,6 +22,7 @@ from wsi_brush.machine import keep_memory
 from wsi_brush.paint import Painting
 from wsi_brush.slide import open_slide
 from wsi_brush.synthesize import choose_canvas, read_reference, synthesize_slide
+from wsi_brush.texture import octaves
 from wsi_brush.tissue import find_tissue
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -49,17 +50,6 @@ def region_vector(read, canvas):
     ]
     vector = brush.standardised(arguments.at, encoder(np.stack([read(grid) for grid in grids]))).mean(0)
     return vector / np.linalg.norm(vector)
-
-
-def octaves(pixels, count=6):
-    """Variance that each halving of the resolution loses, finest first."""
-    image, found = pixels.astype(np.float32), []
-    for _ in range(count):
-        h, w, c = image.shape
-        coarse = image.reshape(h // 2, 2, w // 2, 2, c).mean((1, 3))
-        found.append(image.var((0, 1)).mean() - coarse.var((0, 1)).mean())
-        image = coarse
-    return np.array(found)
 
 
 references, paintings, spectra, rows, seconds = [], [], [], [], []

@@ -36,6 +36,7 @@ from wsi_brush.slide import open_slide
 from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import CanvasDenoiser, side_by_side
 from wsi_brush.synthesize import as_pixels, choose_canvas, read_reference
+from wsi_brush.texture import octaves
 from wsi_brush.tissue import find_tissue
 
 
@@ -102,17 +103,6 @@ def parts(brush: Brush, side: int = 2048) -> dict[str, object]:
         }
     speeds = {"us a pixel": round(1e6 * total / side**2, 3), "over the floor": round(total / floors, 2)}
     return {"GFLOP/s of one product": round(speed / 1e9), **found, "all": speeds}
-
-
-def octaves(pixels: np.ndarray, count: int = 6) -> np.ndarray:
-    """Variance that each halving of the resolution loses, finest first."""
-    image, found = pixels.astype(np.float32), []
-    for _ in range(count):
-        height, width, _ = image.shape
-        coarse = image.reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3))
-        found.append((image.var((0, 1)) - coarse.var((0, 1))).mean())
-        image = coarse
-    return np.array(found)
 
 
 def progressive(brush: Brush, reference: Path, side: int = 1024) -> dict[str, object]:
