@@ -55,6 +55,14 @@ def test_a_copy_is_found_and_a_stranger_is_not(
     assert worst[0]["place"] == worst[0]["there"]
 
 
+def test_what_was_left_blank_is_seen(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    half = pixels.copy()
+    half[:, 1024:] = 245
+    found = control(sides_of(tmp_path, pixels, half), [TileStatistics()], Codec("none"), [1.0], most=64, seed=0)
+    assert found["statistics"]["cosine"]["1"]["n"] == 64
+    assert found["statistics"]["cosine"]["1"]["mean"] < 0.8
+
+
 def test_too_few_is_said(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     sides = sides_of(tmp_path, pixels[:512, :512], pixels[:512, :512])
     found = control(sides, [TileStatistics()], Codec("none"), [1.0, 8.0], most=64, seed=0)["statistics"]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .distances import Vectors
+from .distances import Vectors, interval
 from .embed import TileEncoder
-from .samples import Codec, Field, Sides, Spot, Tell, Told, read_spots, spots_of
+from .samples import Codec, Field, Sides, Spot, Tell, Told, blocks, read_spots, spots_of
 from .texture import descriptor
 
 _PLACE = 512  # µm: regions among which the own reference is looked for
@@ -34,10 +34,11 @@ def control(
 def _matched(
     sides: Sides, encoder: TileEncoder, codec: Codec, mpp: float, most: int, seed: int, tell: Tell | None
 ) -> dict[str, Any]:
-    by_field = {pair.synthetic: pair for pair in sides.pairs}
-    spots = spots_of(sides.synthetic, mpp, encoder.tile, stride=1.0, most=most, seed=seed)
-    spots = [spot for spot in spots if spot.field in by_field]
-    theirs = [Spot(by_field[s.field].real, by_field[s.field].there(s.grid)) for s in spots]
+    # where the reference has tissue, whatever was painted there
+    by_field = {pair.real: pair for pair in sides.pairs}
+    theirs = spots_of(sides.real, mpp, encoder.tile, stride=1.0, most=most, seed=seed)
+    theirs = [spot for spot in theirs if spot.field in by_field]
+    spots = [Spot(by_field[spot.field].synthetic, by_field[spot.field].here(spot.grid)) for spot in theirs]
     if len(spots) < 2:
         return {"n": len(spots), "missing": "fewer than 2 tiles with tissue"}
     told = Told(tell, f"comparing at {mpp:g} µm", len(spots))
@@ -51,12 +52,12 @@ def _matched(
     both = _standard(*(np.concatenate(side).astype(np.float64) for side in vectors))
     cosine = (both[0] * both[1]).sum(1)
     other = (both[0] * np.roll(both[1], len(spots) // 2, axis=0)).sum(1)
-    random = np.random.default_rng(seed)
-    drawn = cosine[random.integers(len(cosine), size=(200, len(cosine)))].mean(1)
+    numbers = blocks(sides.real, theirs)
+    low, high = interval(lambda one, _: one.mean(), cosine, cosine, draws=200, seed=seed, groups=(numbers, numbers))
     worst = np.argsort(cosine)[:8]
     return {
         "n": len(spots), "mean": round(float(cosine.mean()), 4),
-        "low": round(float(np.quantile(drawn, 0.025)), 4), "high": round(float(np.quantile(drawn, 0.975)), 4),
+        "low": round(float(low), 4), "high": round(float(high), 4), "blocks": len(np.unique(numbers)),
         "elsewhere": round(float(other.mean()), 4),
         "worst": [
             {"cosine": round(float(cosine[k]), 4), "synthetic": spots[k].field, "real": theirs[k].field,
@@ -80,9 +81,9 @@ def _retrieval(sides: Sides, encoder: TileEncoder, codec: Codec, mpp: float) -> 
     side = per * encoder.tile
     ours, theirs = [], []
     for pair in sides.pairs:
-        for spot in spots_of([sides.synthetic[pair.synthetic]], mpp, side, stride=1.0, most=64):
-            ours.append(Spot(pair.synthetic, spot.grid))
-            theirs.append(Spot(pair.real, pair.there(spot.grid)))
+        for spot in spots_of([sides.real[pair.real]], mpp, side, stride=1.0, most=64):
+            ours.append(Spot(pair.synthetic, pair.here(spot.grid)))
+            theirs.append(Spot(pair.real, spot.grid))
     if len(ours) < 4:
         return {"regions": len(ours), "missing": "fewer than 4 regions"}
 

@@ -7,14 +7,14 @@ interval (`interval`), and a figure says little without that of two sets of real
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.float64]
 Groups = NDArray[np.intp]
-Figure = Callable[[Vectors, Vectors], float]
+Figure = Callable[[Vectors, Vectors], Any]  # a number, or an array of several
 _ROWS = 1024  # of a distance matrix that is held at once
 
 
@@ -107,8 +107,8 @@ def _squares(one: Vectors, two: Vectors) -> Iterator[Vectors]:
 def interval(
     figure: Figure, real: Vectors, other: Vectors, *, draws: int = 100, seed: int = 0, level: float = 0.95,
     groups: tuple[Groups, Groups] | None = None,
-) -> tuple[float, float]:  # fmt: skip
-    """A bootstrap interval of a figure: the rows of both sets are drawn again, with replacement.
+) -> tuple[Any, Any]:  # fmt: skip
+    """A bootstrap interval of a figure, or of each of several: the rows of both sets are drawn again, with replacement.
 
     `groups`: a number for each row of both sets; rows of one number are drawn together, since neighbours that share
     pixels are no independent witnesses. Drawn again, a set has fewer distinct vectors, which makes it look further
@@ -123,9 +123,9 @@ def interval(
     for _ in range(draws):
         rows = [_drawn(random, one, len(vectors)) for one, vectors in zip(members, sets, strict=True)]
         found.append(figure(real[rows[0]], other[rows[1]]))
-    low, middle, high = np.quantile(found, [(1 - level) / 2, 0.5, (1 + level) / 2])
+    low, middle, high = np.quantile(found, [(1 - level) / 2, 0.5, (1 + level) / 2], axis=0)
     value = figure(real, other)
-    return value + float(low - middle), value + float(high - middle)
+    return value + (low - middle), value + (high - middle)
 
 
 def _drawn(random: np.random.Generator, members: list[Groups], count: int) -> Groups:

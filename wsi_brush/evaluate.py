@@ -1,7 +1,6 @@
 """Verb: real and synthetic slides -> figures: how near the one comes to the other, and to what it was painted after.
 
-Every figure stands beside its floor, the same figure between two real halves that share no pixel, at the same number of
-tiles; has a 95 % bootstrap interval over blocks of neighbouring tiles; and both sides go through one codec first.
+Both sides go through one codec first; what each figure has beside it, README says ("Evaluate").
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Opened(Protocol):
 
 def evaluate_slides(
     real: Iterable[Path | str], synthetic: Iterable[Path | str], *, encoder: TileEncoder, codec: str = "jpeg:90",
-    assume_mpp: float | None = None, most: int = 1024, seed: int = 0, tell: Tell | None = None,
+    assume_mpp: float | None = None, most: int = 1536, seed: int = 0, tell: Tell | None = None,
     then: Opened | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """All figures of two sides, ready for JSON; see README, "Evaluate", for what each means.
@@ -54,6 +53,7 @@ def evaluate_slides(
             f"encoder {encoder.name} is the one that the brush was conditioned on: distances in its space flatter the "
             "brush; give another --encoder beside it"
         )
+    finest = max(SCALES[0], *(one.slide.mpp for one in (*sides.real, *sides.synthetic)))
     figures: dict[str, Any] = {
         "format": 1, "wsi_brush": __version__, "seed": seed, "codec": one_codec.word, "most": most,
         "encoder": {"name": encoder.name, "fingerprint": encoder.fingerprint, "dim": encoder.dim,
@@ -63,9 +63,9 @@ def evaluate_slides(
     }  # fmt: skip
     for mpp in scales:
         seen = see(sides, mpp, encoder, one_codec, most=most, seed=seed, tell=tell)
-        figures["scales"][f"{mpp:g}"] = distribution(seen, seed=seed)
-    figures["texture"] = texture(sides, one_codec, mpp=scales[0], seed=seed, tell=tell)
-    figures["seams"] = borders(sides)
+        figures["scales"][f"{mpp:g}"] = distribution(sides, seen, seed=seed)
+    figures["texture"] = texture(sides, one_codec, mpp=finest, seed=seed, tell=tell)
+    figures["seams"] = borders(sides, one_codec)
     figures["control"] = (
         control(sides, [encoder, Descriptor()], one_codec, scales, most=min(most, 256), seed=seed, tell=tell)
         if sides.pairs else None

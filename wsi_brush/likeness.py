@@ -1,7 +1,7 @@
 """How like two sides are: distances of their tiles in an encoder's space, their spectrum, stain and nuclei, seams.
 
-Every figure of a distribution stands beside its floor, the same figure between two real halves that share no pixel, at
-the same number of tiles, and has a bootstrap interval over blocks of neighbouring tiles.
+A figure of a distribution stands beside its floor, the same figure between two real halves that share no pixel, at the
+same number of tiles; both have a bootstrap interval over blocks of neighbouring tiles where there are blocks enough.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .distances import Vectors, frechet, interval, kernel_distance, overlap
+from .distances import Groups, Overlap, Vectors, frechet, interval, kernel_distance, overlap
 from .embed import TileEncoder
 from .errors import SlideError
 from .grid import Grid
@@ -23,21 +23,38 @@ from .samples import Codec, Sides, Spot, Tell, Told, blocks, halves, read_spots,
 from .texture import Nuclei, densities, find_nuclei, nuclear_threshold, octaves, seams, stain_distance
 
 _WINDOW, _WINDOWS, _OCTAVES = 512, 48, 6  # pixels, and how many, for spectrum, stain and nuclei
-_BLOCK = 4  # sides of a tile: what lies in one block is drawn together
+_SHARP = 1.0  # µm: the coarsest pitch at which nuclei are looked for
 _SEAM = 4096  # pixels a side that are searched for seams at most
 
 
+_LIMITS = {"frechet": (0.0, math.inf), "kernel": (-math.inf, math.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0),
+           "density": (0.0, math.inf), "coverage": (0.0, 1.0)}  # fmt: skip
+_FEW = 8  # blocks of tiles; of fewer, no interval is drawn
+
+
 def measured(
-    figure: Callable[[Vectors, Vectors], float], first: Vectors, second: Vectors, other: Vectors, *,
-    groups: tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]], seed: int, draws: int = 100,
-) -> dict[str, float]:  # fmt: skip
-    """A figure between a real half and the synthetic side, and between the real halves, each with its interval."""
-    found: dict[str, float] = {}
-    for name, one, mine in (("", other, groups[2]), ("floor", second, groups[1])):
-        low, high = interval(figure, first, one, seed=seed, draws=draws, groups=(groups[0], mine))
-        start = f"{name}_" if name else ""
-        found |= {name or "value": figure(first, one), f"{start}low": low, f"{start}high": high}
-    return {name: round(value, 6) for name, value in found.items()}
+    names: Sequence[str], figure: Callable[[Vectors, Vectors], Any], first: Vectors, second: Vectors, other: Vectors, *,
+    groups: tuple[Groups, Groups, Groups], seed: int, draws: int = 100,
+) -> dict[str, dict[str, float | None]]:  # fmt: skip
+    """Figures between a real half and the synthetic side, and between the real halves, each with its interval."""
+    found: dict[str, dict[str, float | None]] = {name: {} for name in names}
+    for start, one, mine in (("", other, groups[2]), ("floor", second, groups[1])):
+        values = np.atleast_1d(figure(first, one))
+        edges: Any = [[None] * len(names)] * 2
+        if min(len(np.unique(ids)) for ids in (groups[0], mine)) >= _FEW:
+            edges = interval(figure, first, one, seed=seed, draws=draws, groups=(groups[0], mine))
+        for name, value, low, high in zip(names, values, *map(np.atleast_1d, edges), strict=True):
+            before = f"{start}_" if start else ""
+            found[name] |= {start or "value": _number(value)}
+            found[name] |= {f"{before}{k}": _number(v, _LIMITS[name]) for k, v in (("low", low), ("high", high))}
+    return found
+
+
+def _number(value: Any, limits: tuple[float, float] = (-math.inf, math.inf)) -> float | None:
+    """Six digits of a number, for JSON; None where there is none."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{min(max(float(value), limits[0]), limits[1]):.6g}")
 
 
 @dataclass
@@ -74,75 +91,90 @@ def see(
     return Seen((spots[0], spots[1]), (found[0], found[1]), halves(sides.real, spots[0]))
 
 
-def distribution(seen: Seen, *, seed: int) -> dict[str, Any]:
-    """Fréchet and kernel distance, precision, recall, density and coverage of one scale, at equal numbers of tiles."""
+def distribution(sides: Sides, seen: Seen, *, seed: int) -> dict[str, Any]:
+    """Fréchet and kernel distance, precision, recall, density and coverage of one scale, at equal numbers of tiles.
+
+    One real half is compared with the other (the floor), and with the synthetic tiles that lie where the other half
+    does; where nothing is paired, with any.
+    """
     first, second = seen.parts
-    count = min(len(first), len(second), len(seen.vectors[1]))
+    theirs = _beside_second(sides, seen)
+    count = min(len(first), len(second), len(theirs))
     found: dict[str, Any] = {"real": len(seen.vectors[0]), "synthetic": len(seen.vectors[1]), "n": count}
     dim = seen.vectors[0].shape[1]
     if count < 8:
         return found | {"missing": f"{count} tiles a half; at least 8 are needed"}
-    random = np.random.default_rng(seed)
-    rows = [
-        np.sort(random.choice(np.asarray(part), count, replace=False))
-        for part in (first, second, range(len(seen.vectors[1])))
+    rows = [  # by one seed: where both sides have the same places, the same are drawn
+        np.sort(np.random.default_rng(seed).choice(np.asarray(part), count, replace=False))
+        for part in (first, second, theirs)
     ]
     sets = seen.vectors[0][rows[0]], seen.vectors[0][rows[1]], seen.vectors[1][rows[2]]
-    numbers = blocks(seen.spots[0], _BLOCK), blocks(seen.spots[1], _BLOCK)
+    numbers = blocks(sides.real, seen.spots[0]), blocks(sides.synthetic, seen.spots[1])
     groups = numbers[0][rows[0]], numbers[0][rows[1]], numbers[1][rows[2]]
     said = partial(measured, first=sets[0], second=sets[1], other=sets[2], groups=groups, seed=seed)
     if count >= 1.25 * dim:
-        found["frechet"] = said(frechet, draws=30)
+        found |= said(["frechet"], frechet)
     else:
         found["frechet"] = {"missing": f"{count} tiles of {dim} numbers have no covariance; see the kernel distance"}
-    found["kernel"] = said(kernel_distance)
-    for name in ("precision", "recall", "density", "coverage"):
-        found[name] = said(partial(_overlap, name), draws=30)
-    return found
+    return found | said(["kernel"], kernel_distance) | said(list(Overlap._fields), _overlap)
 
 
-def _overlap(name: str, real: Vectors, other: Vectors) -> float:
-    return float(getattr(overlap(real, other), name))
+def _overlap(real: Vectors, other: Vectors) -> Vectors:
+    return np.array(overlap(real, other))
+
+
+def _beside_second(sides: Sides, seen: Seen) -> list[int]:
+    """The synthetic spots, by number, whose places on the real slides lie in the second half."""
+    if len(sides.pairs) < len(sides.synthetic):
+        return list(range(len(seen.spots[1])))
+    by_field = {pair.synthetic: pair for pair in sides.pairs}
+    places = [Spot(by_field[spot.field].real, by_field[spot.field].there(spot.grid)) for spot in seen.spots[1]]
+    return halves(sides.real, places)[1]
 
 
 # -- what needs no network -----------------------------------------------------------------------------
 
 
 def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | None = None) -> dict[str, Any]:
-    """Spectrum, stain and nuclei of windows at the finest pitch that all slides have."""
+    """Spectrum, stain and nuclei of windows at one pitch; nuclei only where it is fine enough to see them."""
     both = (sides.real, sides.synthetic)
     spots = tuple(spots_of(fields, mpp, _WINDOW, stride=1.0, most=_WINDOWS, seed=seed) for fields in both)
     if min(map(len, spots)) < 4:
         return {"missing": f"fewer than 4 windows of {_WINDOW} pixels with tissue at {mpp:g} µm"}
     windows = [np.concatenate(list(read_spots(f, s, codec))) for f, s in zip(both, spots, strict=True)]
     random, told = np.random.default_rng(seed), Told(tell, "looking at texture", sum(map(len, spots)))
-    threshold = nuclear_threshold(list(windows[0]), mpp)
+    sharp = mpp <= _SHARP
+    threshold = nuclear_threshold(list(windows[0]), mpp) if sharp else math.nan
     nuclei: list[list[Nuclei]] = []
     spectra, colours = [], []
     for side in windows:
         nuclei.append([])
         for window in side:
-            nuclei[-1].append(find_nuclei(window, mpp, threshold))
+            if sharp:
+                nuclei[-1].append(find_nuclei(window, mpp, threshold))
             told.add()
         spectra.append(np.stack([octaves(window, _OCTAVES) for window in side]))
         pixels = densities(side).reshape(len(side), -1, 3)
         colours.append(pixels[:, random.choice(pixels.shape[1], 2000, replace=False)].reshape(-1, 3))
-    first, second = halves(sides.real, spots[0])
+    first, second = (list(range(start, len(spots[0]), 2)) for start in (0, 1))  # windows share no pixel
+    count = min(len(first), len(second), len(spots[1]))
+    some = [random.permutation(part)[:count] for part in (first, second, range(len(spots[1])))]
+    stain = [_rows_of(colours[side], part, 2000) for side, part in zip((0, 0, 1), some, strict=True)] if count else []
     return {
         "mpp": mpp, "window": _WINDOW, "real": len(spots[0]), "synthetic": len(spots[1]),
         "octaves": _spectrum(spectra[0], spectra[1], first, second, mpp, seed),
         "stain": {
             "channels": ["red", "green", "blue"],
-            "distance": stain_distance(*colours).round(4).tolist(),
-            "floor": stain_distance(*(_rows_of(colours[0], half, 2000) for half in (first, second))).round(4).tolist()
-            if first and second else None,
+            "windows": count,
+            "distance": stain_distance(stain[0], stain[2]).round(4).tolist() if count else None,
+            "floor": stain_distance(stain[0], stain[1]).round(4).tolist() if count else None,
             "mean": [side.mean(0, dtype=np.float64).round(4).tolist() for side in colours],
         },
-        "nuclei": _nuclei(nuclei[0], nuclei[1], seed),
+        "nuclei": _nuclei(nuclei[0], nuclei[1], seed) if sharp else {"missing": f"not to be seen at {mpp:g} µm"},
     }  # fmt: skip
 
 
-def _rows_of(values: NDArray[Any], windows: Sequence[int], each: int) -> NDArray[Any]:
+def _rows_of(values: NDArray[Any], windows: Any, each: int) -> NDArray[Any]:
     return values.reshape(-1, each, 3)[list(windows)].reshape(-1, 3)
 
 
@@ -154,13 +186,14 @@ def _spectrum(
     def drawn(side: Vectors) -> Vectors:
         return np.stack([side[random.integers(len(side), size=len(side))].mean(0) for _ in range(200)])
 
-    ratio = synthetic.mean(0) / real.mean(0)
-    low, high = np.quantile(drawn(synthetic) / drawn(real), [0.025, 0.975], axis=0)
-    floor = real[first].mean(0) / real[second].mean(0) if first and second else np.full(_OCTAVES, math.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a side may have nothing of an octave
+        ratio = synthetic.mean(0) / real.mean(0)
+        low, high = np.quantile(drawn(synthetic) / drawn(real), [0.025, 0.975], axis=0)
+        floor = real[first].mean(0) / real[second].mean(0) if first and second else np.full(_OCTAVES, math.nan)
     return {
         "wavelength": [round(2 * mpp * 2**k, 3) for k in range(_OCTAVES)],  # µm, the shortest of the octave
-        "ratio": ratio.round(4).tolist(), "low": low.round(4).tolist(), "high": high.round(4).tolist(),
-        "floor": [None if math.isnan(value) else round(float(value), 4) for value in floor],
+        "ratio": [*map(_number, ratio)], "low": [*map(_number, low)], "high": [*map(_number, high)],
+        "floor": [*map(_number, floor)],
     }  # fmt: skip
 
 
@@ -188,7 +221,7 @@ def _nuclei(real: list[Nuclei], synthetic: list[Nuclei], seed: int) -> dict[str,
     return found
 
 
-def borders(sides: Sides) -> list[dict[str, Any]]:
+def borders(sides: Sides, codec: Codec) -> list[dict[str, Any]]:
     """Whether a lattice is seen in the synthetic slides, and in the real ones that they follow at the same places.
 
     Cells of 2 and 8 pixels are the lattices of the operator, 256 and 1024 are chunks and tiles; the latter are compared
@@ -197,12 +230,12 @@ def borders(sides: Sides) -> list[dict[str, Any]]:
     real, found = {pair.synthetic: pair for pair in sides.pairs}, []
     for number, one in enumerate(sides.synthetic):
         area = one.area.clip(Grid(one.slide.mpp, one.area.top, one.area.left, _SEAM, _SEAM))
-        pixels = [one.slide.read(area)]
+        pixels = [codec(one.slide.read(area))]
         if number in real:
-            pixels.append(sides.real[real[number].real].slide.read(real[number].there(area)))
+            pixels.append(codec(sides.real[real[number].real].slide.read(real[number].there(area))))
         for period, among in ((2, 1), (8, 1), (256, 32), (1024, 32)):
             if min(area.shape) >= 2 * period:
                 ours, *theirs = (seams(side, period, among=among) for side in pixels)
-                said = {"slide": one.name, "period": period, "ratio": round(ours.ratio, 4), "rank": round(ours.rank, 4)}
-                found.append(said | {"floor": round(theirs[0].ratio, 4) if theirs else None})
+                said = {"slide": one.name, "period": period, "ratio": _number(ours.ratio), "rank": _number(ours.rank)}
+                found.append(said | {"floor": _number(theirs[0].ratio) if theirs else None})
     return found

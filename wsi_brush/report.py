@@ -38,7 +38,7 @@ def write_report(target: Path, sides: Sides, figures: dict[str, Any], *, overwri
         curves=Markup(_curves(figures["texture"])), areas=Markup(_areas(figures["texture"])),
     )  # fmt: skip
     with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
-        (stage / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False), "utf-8")
+        (stage / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
         (stage / "report.html").write_text(page, "utf-8")
 
 
@@ -103,26 +103,22 @@ def _curves(texture: dict[str, Any]) -> str:
     if "missing" in texture:
         return ""
     one = texture["octaves"]
-    top = max(1.5, *one["high"])
-    band = [*zip(range(len(one["low"])), one["low"], strict=True)]
-    band += [*zip(range(len(one["high"])), one["high"], strict=True)][::-1]
     count = len(one["ratio"])
-    lines = [
-        f'<polygon points="{_points(band, count, top)}" fill="#a00000" fill-opacity="0.13"/>',
-        f'<polyline points="{_points([(0, 1.0), (count - 1, 1.0)], count, top)}" stroke="#bbb" fill="none"/>',
-        f'<polyline points="{_points([*enumerate(one["ratio"])], count, top)}" stroke="#a00000" fill="none"/>',
-    ]
-    floor = [(k, v) for k, v in enumerate(one["floor"]) if v is not None]
-    lines.append(
-        f'<polyline points="{_points(floor, count, top)}" stroke="#3060a0" fill="none" stroke-dasharray="4 3"/>'
-    )
+    curves = {
+        name: [(k, v) for k, v in enumerate(one[name]) if v is not None] for name in ("ratio", "low", "high", "floor")
+    }
+    top = max(1.5, *(value for _, value in curves["high"]), 0.0)
+    band, middle = curves["low"] + curves["high"][::-1], [(0, 1.0), (count - 1, 1.0)]
+    lines = [f'<polygon points="{_points(band, count, top)}" fill="#a00000" fill-opacity="0.13"/>']
+    for points, colour in ((middle, "#bbb"), (curves["ratio"], "#a00000"), (curves["floor"], "#3060a0")):
+        lines.append(f'<polyline points="{_points(points, count, top)}" stroke="{colour}" fill="none"/>')
     labels = [f"{value:g} µm" for value in one["wavelength"]]
     return _figure(lines, labels, top, "power, synthetic / real (red, 95 %); real / real (blue); finest octave left")
 
 
 def _areas(texture: dict[str, Any]) -> str:
     """How large nuclei are on both sides."""
-    if "missing" in texture:
+    if "missing" in texture or "missing" in texture["nuclei"]:
         return ""
     lines, shares = [], []
     for side, colour in (("real", "#3060a0"), ("synthetic", "#a00000")):

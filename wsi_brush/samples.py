@@ -7,6 +7,7 @@ apart, where there is tissue; where there are too many, some are drawn by a seed
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,13 +54,21 @@ def field_of(slide: Slide, area: Grid | None = None) -> Field:
         SlideError: if there is no tissue in it.
     """
     if area is None:
-        found = Field(slide.path.name, slide, slide.grid, find_tissue(slide).mask)
+        found = Field(_name(slide), slide, slide.grid, find_tissue(slide).mask)
     else:
         area = area.clip(slide.grid)
-        found = Field(slide.path.name, slide, area, tissue_mask(slide.read(area.at(PITCH)), PITCH))
+        top, left, height, width = (
+            round(length * slide.mpp / PITCH) for length in (area.top, area.left, area.height, area.width)
+        )
+        found = Field(_name(slide), slide, area, tissue_mask(slide.read(Grid(PITCH, top, left, height, width)), PITCH))
     if not found.tissue.any():
         raise SlideError(f"{slide.path}: no tissue to be looked at; is it H&E, and is its pixel size right?")
     return found
+
+
+def _name(slide: Slide) -> str:
+    """Of its file, in letters that can be written."""
+    return slide.path.name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def spots_of(
@@ -67,48 +76,53 @@ def spots_of(
 ) -> list[Spot]:
     """Squares of `side` pixels of pitch `mpp`, `stride` sides apart (1 or 0.5), of which `COVER` is tissue, at most
     `most` of them."""
-    found, parts = [], round(1 / stride)
-    step = side // parts
+    parts = round(1 / stride)
+    step, corners = side // parts, []
     for index, one in enumerate(fields):
-        corner = [round(edge / mpp) for edge in one.area.extent[:2]]
+        top, left = (round(edge / mpp) for edge in one.area.extent[:2])
         # counted from the field's corner; a square is parts x parts cells
         rows, columns = (int(length * one.slide.mpp / mpp / step + 1e-6) for length in one.area.shape)
-        cells = Grid(PITCH, 0, 0, *one.tissue.shape)
-        cover = Tissue(one.tissue, cells).cover(Grid(mpp * step, 0, 0, rows, columns))
-        for row in range(rows - parts + 1):
-            for column in range(columns - parts + 1):
-                if cover[row : row + parts, column : column + parts].mean() >= COVER:
-                    grid = Grid(mpp, corner[0] + row * step, corner[1] + column * step, side, side)
-                    found.append(Spot(index, grid))
-    if len(found) > most:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(found), most, replace=False))
-        found = [found[number] for number in chosen]
-    return found
+        cover = Tissue(one.tissue, Grid(PITCH, 0, 0, *one.tissue.shape)).cover(Grid(mpp * step, 0, 0, rows, columns))
+        high, wide = max(rows - parts + 1, 0), max(columns - parts + 1, 0)
+        mean = sum(cover[r : r + high, c : c + wide] for r in range(parts) for c in range(parts)) / parts**2
+        places = np.argwhere(mean >= COVER) * step + [top, left]
+        corners.append(np.column_stack([np.full(len(places), index), places]))
+    every = np.concatenate(corners)
+    if len(every) > most:
+        every = every[np.sort(np.random.default_rng(seed).choice(len(every), most, replace=False))]
+    return [Spot(int(index), Grid(mpp, int(row), int(column), side, side)) for index, row, column in every]
 
 
 def halves(fields: Sequence[Field], spots: Sequence[Spot]) -> tuple[list[int], list[int]]:
-    """Which spots lie in one half of their field and which in the other, by their number; those across are in none.
+    """Which spots lie in one half of their slides and which in the other, by their number; those across are in none.
 
-    The halves are the black and the white squares of a chessboard, so that both show the same kinds of tissue, and
-    share no pixel. A square is 4 spots wide, less where a field would have fewer than 4 x 4 of them.
+    The halves are the black and the white squares of a chessboard on every slide, so that both show the same kinds of
+    tissue, and share no pixel. A square is 4 spots wide; 3 or 2 where a field would have fewer than 4 x 4 of them.
     """
     parts: tuple[list[int], list[int]] = ([], [])
-    for number, (index, grid) in enumerate(spots):
-        one = fields[index]
-        across = min(length * one.slide.mpp / grid.mpp / grid.height for length in one.area.shape)
-        width = min(4, max(1, int(across / 4))) * grid.height
-        corner = [round(edge / grid.mpp) for edge in one.area.extent[:2]]
-        (row, down), (column, right) = (
-            divmod(low - start, width) for low, start in zip((grid.top, grid.left), corner, strict=True)
-        )
-        if max(down, right) + grid.height <= width:
+    if not spots:
+        return parts
+    side, width = spots[0].grid.height, _square(fields, spots)
+    for number, (_, grid) in enumerate(spots):
+        (row, down), (column, right) = divmod(grid.top, width), divmod(grid.left, width)
+        if max(down, right) + side <= width:
             parts[(row + column) % 2].append(number)
     return parts
 
 
-def blocks(spots: Sequence[Spot], width: int) -> NDArray[np.intp]:
-    """A number for each spot, the same for those of one block of `width` spots' sides: neighbours are no strangers."""
-    keys = [(s.field, *(int(low // (width * s.grid.height)) for low in (s.grid.top, s.grid.left))) for s in spots]
+def _square(fields: Sequence[Field], spots: Sequence[Spot]) -> int:
+    """Side of the chessboard's squares, pixels."""
+    side, mpp = spots[0].grid.height, spots[0].grid.mpp
+    across = min(length * one.slide.mpp / mpp / side for one in fields for length in one.area.shape)
+    return side * min(4, max(2, int(across / 4)))
+
+
+def blocks(fields: Sequence[Field], spots: Sequence[Spot]) -> NDArray[np.intp]:
+    """A number for each spot, the same for those that begin in one square of a slide: neighbours are no strangers."""
+    if not spots:
+        return np.zeros(0, np.intp)
+    width = _square(fields, spots)
+    keys = [(fields[index].slide.path, grid.top // width, grid.left // width) for index, grid in spots]
     order = {key: number for number, key in enumerate(sorted(set(keys)))}
     return np.array([order[key] for key in keys], np.intp)
 
@@ -121,9 +135,10 @@ class Codec:
         UsageError: if it is neither.
         """
         name, _, quality = word.partition(":")
-        if word != "none" and not (name == "jpeg" and quality.isdigit() and 1 <= int(quality) <= 100):
+        number = int(quality) if quality.isascii() and quality.isdecimal() else 0
+        if word != "none" and not (name == "jpeg" and 1 <= number <= 100):
             raise UsageError(f"--codec {word}: expected none, or jpeg:Q with Q from 1 to 100")
-        self.word, self._quality = word, 0 if word == "none" else int(quality)
+        self.word, self._quality = word, number
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if not self._quality:
@@ -190,6 +205,11 @@ class Pair(NamedTuple):
         top, left = (round(shift / grid.mpp) for shift in (self.down, self.right))
         return Grid(grid.mpp, grid.top + top, grid.left + left, grid.height, grid.width)
 
+    def here(self, grid: Grid) -> Grid:
+        """The other way: the place on the synthetic slide of a square of the real one."""
+        top, left = (round(shift / grid.mpp) for shift in (self.down, self.right))
+        return Grid(grid.mpp, grid.top - top, grid.left - left, grid.height, grid.width)
+
 
 @dataclass
 class Sides:
@@ -200,6 +220,16 @@ class Sides:
     pairs: list[Pair]
     notes: list[str] = field(default_factory=list)
     brushes: list[dict[str, Any]] = field(default_factory=list)
+
+
+def open_all(paths: Iterable[Path | str], *, assume_mpp: float | None = None) -> list[Slide]:
+    """The slides of one side, each as often as it is named: two paintings may follow one reference.
+
+    Raises:
+        SlideError: if one cannot be read.
+        UsageError: if a folder is empty.
+    """
+    return [open_slide(slide, assume_mpp=assume_mpp) for path in paths for slide in find_slides([path])]
 
 
 def open_sides(
@@ -215,7 +245,7 @@ def open_sides(
         SlideError: if one cannot be read, or has no tissue.
         UsageError: if a folder is empty.
     """
-    slides = [[open_slide(path, assume_mpp=assume_mpp) for path in find_slides(paths)] for paths in (real, synthetic)]
+    slides = [open_all(paths, assume_mpp=assume_mpp) for paths in (real, synthetic)]
     told, sides = Told(tell, "looking for tissue", sum(map(len, slides))), Sides([], [], [])
 
     def found(slide: Slide, area: Grid | None = None) -> Field:
@@ -238,7 +268,8 @@ def open_sides(
             sides.pairs.append(Pair(number, number, top, left))
             sides.real.append(found(slides[0][number], place))
         elif paired:
-            sides.notes.append(f"{slide.path.name}: of another size than {slides[0][number].path.name}, so no pair")
+            why = "of another size than" if made is None else "not painted after"
+            sides.notes.append(f"{slide.path.name}: {why} {slides[0][number].path.name}, so no pair")
             sides.real.append(found(slides[0][number]))
     if not paired:
         sides.real = [found(slide) for slide in slides[0]]
@@ -250,10 +281,14 @@ def open_sides(
 
 def _place(real: Slide, synthetic: Slide, made: dict[str, Any] | None) -> Grid | None:
     """Where a synthetic slide lies on its real one (level-0 pixels), if that is known."""
-    if made is not None and "reference" in made:
-        top, left, height, width = made["reference"]["region"]
-        return Grid(real.mpp, top, left, height, width)
-    sizes = [[length * slide.mpp for length in slide.grid.shape] for slide in (real, synthetic)]
-    if all(abs(one - other) <= 2 * max(real.mpp, synthetic.mpp) for one, other in zip(*sizes, strict=True)):
-        return real.grid
-    return None
+    place = real.grid
+    if made is not None:
+        reference = made.get("reference", {})
+        if abs(real.mpp / reference.get("mpp", math.inf) - 1) > 1e-3:
+            return None
+        place = Grid(real.mpp, *reference["region"])
+        if place.clip(real.grid) != place:
+            return None
+    sizes = [[length * one.mpp for length in one.shape] for one in (place, synthetic.grid)]
+    most = 2 * max(real.mpp, synthetic.mpp)
+    return place if all(abs(one - other) <= most for one, other in zip(*sizes, strict=True)) else None

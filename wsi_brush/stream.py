@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -185,11 +186,14 @@ class _Asked:
         self._grid: Plane | None = None
         with torch.inference_mode(), _alone():
             origin = torch.zeros(1, 2, dtype=torch.float64)
-            self.setting = self._net.setting(
+            setting = self._net.setting(
                 torch.ones(1), mpp, condition, origin=origin, known=torch.tensor([float(known)])
             )
-            self._layout_memory = self._net.layout_cross.remember(self.setting.memory)
-            self._paint_memory = self._net.condition_memory(self.setting)
+            self._layout_memory = self._net.layout_cross.remember(setting.memory)
+            self._paint_memory = self._net.condition_memory(setting)
+        # embeddings and tokens, which grow with the canvas, have had their say
+        bare = [replace(lattice, values=lattice.values[..., :0].clone()) for lattice in setting.maps]
+        self.setting = replace(setting, maps=bare, memory=[])
         self.memory: list[Tensor] = []
 
     @torch.inference_mode()

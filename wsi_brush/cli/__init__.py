@@ -246,7 +246,7 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of report.json and report.html.")],
     encoder: Annotated[str, typer.Option(help=f"{_ENCODERS}.")] = "bundled",
     codec: Annotated[str, typer.Option(help="What both sides go through first: jpeg:Q or none.")] = "jpeg:90",
-    most: Annotated[int, typer.Option(help="Tiles of a side and scale that are looked at.", min=16)] = 1024,
+    most: Annotated[int, typer.Option(help="Tiles of a side and scale that are looked at.", min=16)] = 1536,
     seed: Annotated[int, typer.Option(help="Draws tiles and intervals.", min=0)] = 0,
     assume_mpp: AssumeMpp = None,
     overwrite: Overwrite = False,
@@ -262,22 +262,23 @@ def evaluate(
         from ..encoder import load_encoder
         from ..evaluate import evaluate_slides
         from ..report import KIND, write_report
-        from ..samples import Codec
+        from ..samples import Codec, open_all
 
         Codec(codec)
-        check_target(out, kind=KIND, overwrite=overwrite)
+        sides = [open_all(paths, assume_mpp=assume_mpp) for paths in (real, synthetic)]  # what is none is said at once
         prepare(threads)
         loaded = load_encoder(encoder)
         if dry_run:
-            print_plan(plans.plan_evaluation(real, synthetic, loaded, out, assume_mpp, most), json_)
+            print_plan(plans.plan_evaluation(sides, loaded, out, most), json_)
             return
+        check_target(out, kind=KIND, overwrite=overwrite)
         with Shown(quiet) as progress:
             figures = evaluate_slides(
                 real, synthetic, encoder=loaded, codec=codec, assume_mpp=assume_mpp, most=most, seed=seed,
                 tell=progress, then=lambda sides, figures: write_report(out, sides, figures, overwrite=overwrite),
             )  # fmt: skip
         if json_:
-            typer.echo(json.dumps(figures, indent=1, ensure_ascii=False))
+            typer.echo(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False))
         elif not quiet:
             print_figures(figures)
             typer.echo(f"{out / 'report.html'}: all of it, with pictures; took {figures['seconds']:.0f} s")

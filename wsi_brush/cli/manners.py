@@ -89,10 +89,11 @@ def print_figures(figures: dict[str, Any]) -> None:
     if "missing" in texture:
         typer.echo(f"texture: {texture['missing']}")
     else:
-        ratios = " ".join(f"{ratio:.2f}" for ratio in texture["octaves"]["ratio"])
-        nuclei = [texture["nuclei"][side] for side in ("real", "synthetic")]
+        ratios = " ".join("none" if ratio is None else f"{ratio:.2f}" for ratio in texture["octaves"]["ratio"])
         typer.echo(f"power of octaves, finest first, synthetic over real: {ratios}")
-        typer.echo(f"nuclei per mm²: {nuclei[0]['density']:.0f} real, {nuclei[1]['density']:.0f} synthetic")
+        if "missing" not in texture["nuclei"]:
+            nuclei = [texture["nuclei"][side]["density"] for side in ("real", "synthetic")]
+            typer.echo(f"nuclei per mm²: {nuclei[0]:.0f} real, {nuclei[1]:.0f} synthetic")
     for name, one in (figures["control"] or {}).items():
         cosines = ", ".join(f"{c['mean']:.3f} at {mpp} µm" for mpp, c in one["cosine"].items() if "mean" in c)
         found = one["retrieval"]

@@ -80,17 +80,12 @@ def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, paint
     }
 
 
-def plan_evaluation(
-    real: list[Path], synthetic: list[Path], encoder: Encoder, out: Path, assume_mpp: float | None, most: int
-) -> dict[str, Any]:
+def plan_evaluation(sides: list[list[Slide]], encoder: Encoder, out: Path, most: int) -> dict[str, Any]:
     """What would be compared, and at most how many tiles: time from a batch of blank ones on this machine."""
     import numpy as np
 
-    from ..embed import find_slides
     from ..evaluate import SCALES
-    from ..slide import open_slide
 
-    sides = [[open_slide(path, assume_mpp=assume_mpp) for path in find_slides(paths)] for paths in (real, synthetic)]
     tiles = 0
     for mpp in SCALES:
         for side in sides:
