@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from .distances import Vectors, interval
 from .embed import TileEncoder
-from .samples import Codec, Field, Sides, Spot, Tell, Told, blocks, read_spots, spots_of
+from .progress import Tell, Told
+from .samples import Codec, Field, Sides, Spot, blocks, read_spots, spots_of
 from .texture import descriptor
 
 _PLACE = 512  # µm: regions among which the own reference is looked for

@@ -73,7 +73,11 @@ def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
 def embedding_seconds(encoder: Encoder, brush: Brush, canvas: Grid) -> float:
     """Seconds of the encoder besides: the reference's tiles, and for the comparison once more, and the painting's."""
     sides: list[float] = [brush.about["tile"] * mpp / canvas.mpp for mpp in brush.pitches]
-    tiles = 3.0 * sum(canvas.height * canvas.width / side**2 for side in sides)
+    return encoder_seconds(encoder, 3.0 * sum(canvas.height * canvas.width / side**2 for side in sides))
+
+
+def encoder_seconds(encoder: Encoder, tiles: float) -> float:
+    """Seconds of the encoder for so many tiles: a batch of blank ones is timed, after one that warms up."""
     batch = np.zeros((64, encoder.tile, encoder.tile, 3), np.uint8)
     encoder(batch)
     return _seconds(lambda: encoder(batch)) * tiles / len(batch)

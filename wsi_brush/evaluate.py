@@ -15,7 +15,8 @@ from .control import Descriptor, control
 from .embed import TileEncoder
 from .errors import UsageError
 from .likeness import borders, distribution, see, texture
-from .samples import Codec, Field, Sides, Tell, open_sides, shows
+from .progress import Tell
+from .samples import Codec, Field, Sides, open_sides, shows
 
 SCALES = (0.5, 2.0, 8.0)
 """µm per pixel: detail, tissue, layout."""

@@ -13,20 +13,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .distances import Groups, Overlap, Vectors, frechet, interval, kernel_distance, overlap
 from .embed import TileEncoder
 from .errors import SlideError
 from .grid import Grid
-from .samples import Codec, Sides, Spot, Tell, Told, blocks, halves, read_spots, spots_of
+from .progress import Tell, Told
+from .samples import Codec, Sides, Spot, blocks, halves, read_spots, spots_of
 from .texture import Nuclei, densities, find_nuclei, nuclear_threshold, octaves, seams, stain_distance
 
 _WINDOW, _WINDOWS, _OCTAVES = 512, 48, 6  # pixels, and how many, for spectrum, stain and nuclei
 _SHARP = 1.0  # µm: the coarsest pitch at which nuclei are looked for
 _SEAM = 4096  # pixels a side that are searched for seams at most
-
-
 _LIMITS = {"frechet": (0.0, math.inf), "kernel": (-math.inf, math.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0),
            "density": (0.0, math.inf), "coverage": (0.0, 1.0)}  # fmt: skip
 _FEW = 8  # blocks of tiles; of fewer, no interval is drawn
@@ -155,27 +153,23 @@ def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | N
             told.add()
         spectra.append(np.stack([octaves(window, _OCTAVES) for window in side]))
         pixels = densities(side).reshape(len(side), -1, 3)
-        colours.append(pixels[:, random.choice(pixels.shape[1], 2000, replace=False)].reshape(-1, 3))
+        colours.append(pixels[:, random.choice(pixels.shape[1], 2000, replace=False)])
     first, second = (list(range(start, len(spots[0]), 2)) for start in (0, 1))  # windows share no pixel
     count = min(len(first), len(second), len(spots[1]))
     some = [random.permutation(part)[:count] for part in (first, second, range(len(spots[1])))]
-    stain = [_rows_of(colours[side], part, 2000) for side, part in zip((0, 0, 1), some, strict=True)] if count else []
+    stain = [colours[side][part].reshape(-1, 3) for side, part in zip((0, 0, 1), some, strict=True)]
     return {
         "mpp": mpp, "window": _WINDOW, "real": len(spots[0]), "synthetic": len(spots[1]),
         "octaves": _spectrum(spectra[0], spectra[1], first, second, mpp, seed),
         "stain": {
             "channels": ["red", "green", "blue"],
             "windows": count,
-            "distance": stain_distance(stain[0], stain[2]).round(4).tolist() if count else None,
-            "floor": stain_distance(stain[0], stain[1]).round(4).tolist() if count else None,
-            "mean": [side.mean(0, dtype=np.float64).round(4).tolist() for side in colours],
+            "distance": stain_distance(stain[0], stain[2]).round(4).tolist(),
+            "floor": stain_distance(stain[0], stain[1]).round(4).tolist(),
+            "mean": [side.mean((0, 1), dtype=np.float64).round(4).tolist() for side in colours],
         },
         "nuclei": _nuclei(nuclei[0], nuclei[1], seed) if sharp else {"missing": f"not to be seen at {mpp:g} µm"},
     }  # fmt: skip
-
-
-def _rows_of(values: NDArray[Any], windows: Any, each: int) -> NDArray[Any]:
-    return values.reshape(-1, each, 3)[list(windows)].reshape(-1, 3)
 
 
 def _spectrum(
@@ -189,7 +183,7 @@ def _spectrum(
     with np.errstate(divide="ignore", invalid="ignore"):  # a side may have nothing of an octave
         ratio = synthetic.mean(0) / real.mean(0)
         low, high = np.quantile(drawn(synthetic) / drawn(real), [0.025, 0.975], axis=0)
-        floor = real[first].mean(0) / real[second].mean(0) if first and second else np.full(_OCTAVES, math.nan)
+        floor = real[first].mean(0) / real[second].mean(0)
     return {
         "wavelength": [round(2 * mpp * 2**k, 3) for k in range(_OCTAVES)],  # µm, the shortest of the octave
         "ratio": [*map(_number, ratio)], "low": [*map(_number, low)], "high": [*map(_number, high)],

@@ -27,12 +27,11 @@ from .diffusion import Ladder, Move, Solver, finer, moves, ramped
 from .errors import MachineError, UsageError
 from .field import NoiseField
 from .grid import Grid
+from .progress import Tell, Told
 from .scratch import Plane, Work, new_plane
 from .store import EmbeddingMap
 from .stream import TILE, CanvasDenoiser, read_plane, side_by_side, tiles_of
 
-Tell = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 SAVE_EVERY = 60.0
 """Seconds between two generations on disk of a state that is in memory."""
 _GUIDED_FROM = 0.6  # noise of a mean over 1 µm²; below, guidance changed nothing that was seen, and takes more time
@@ -201,9 +200,9 @@ def paint_canvas(
     else:
         planes = {name: read_plane(plane, Grid(1.0, 0, 0, *plane.shape[1:])).numpy() for name, plane in planes.items()}
     total = evaluated_pixels(ladder, canvas, painting)
-    count = _Count(tell, sum(_pixels(area.level(stage.level)) for stage in todo[:done] if stage.move), total)
+    painted = sum(_pixels(area.level(stage.level)) for stage in todo[:done] if stage.move)
     run = Run(brush, maps, area, painting, work.folder / "grid" if work is not None and on_disk else None)
-    run.count = count
+    run.count = Told(tell, "painting", total, done=painted).add
     saved = time.monotonic()
     try:
         for number, stage in enumerate(todo[done:], done + 1):
@@ -337,18 +336,6 @@ def write_tile(planes: Mapping[str, Plane], tile: Grid, values: Mapping[str, Ten
     """Write what is kept of a tile."""
     for name, plane in planes.items():
         plane[:, tile.top : tile.bottom, tile.left : tile.right] = values[name].numpy()
-
-
-class _Count:
-    """Progress in evaluated pixels."""
-
-    def __init__(self, tell: Tell | None, done: int, total: int) -> None:
-        self._tell, self._done, self._total = tell, done, total
-
-    def __call__(self, pixels: int) -> None:
-        self._done += pixels
-        if self._tell is not None:
-            self._tell("painting", self._done, self._total)
 
 
 def _pixels(grid: Grid) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +20,10 @@ from PIL import Image
 from .embed import COVER, find_slides
 from .errors import SlideError, UsageError
 from .grid import Grid
+from .progress import Tell, Told
 from .slide import Slide, open_slide
 from .tissue import PITCH, Tissue, find_tissue, tissue_mask
 
-Tell = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 _BATCH = 64
 FINER = 0.95  # a slide of a pitch of up to 5 % more will do
 
@@ -179,18 +178,6 @@ def painted_after(path: Path) -> dict[str, Any] | None:
     return dict(about) if isinstance(about, dict) and about.get("synthetic") else None
 
 
-class Told:
-    """Counts what is done."""
-
-    def __init__(self, tell: Tell | None, what: str, total: int) -> None:
-        self._tell, self._what, self._done, self._total = tell, what, 0, total
-
-    def add(self, count: int = 1) -> None:
-        self._done += count
-        if self._tell is not None:
-            self._tell(self._what, self._done, self._total)
-
-
 class Pair(NamedTuple):
     """A synthetic field and the real one that it follows, by their numbers; `down` and `right`: where the corner of
     the synthetic one lies on the real slide, µm."""
@@ -202,13 +189,15 @@ class Pair(NamedTuple):
 
     def there(self, grid: Grid) -> Grid:
         """The place on the real slide of a square of the synthetic one, to the nearest pixel."""
-        top, left = (round(shift / grid.mpp) for shift in (self.down, self.right))
-        return Grid(grid.mpp, grid.top + top, grid.left + left, grid.height, grid.width)
+        return self._moved(grid, 1)
 
     def here(self, grid: Grid) -> Grid:
         """The other way: the place on the synthetic slide of a square of the real one."""
-        top, left = (round(shift / grid.mpp) for shift in (self.down, self.right))
-        return Grid(grid.mpp, grid.top - top, grid.left - left, grid.height, grid.width)
+        return self._moved(grid, -1)
+
+    def _moved(self, grid: Grid, way: int) -> Grid:
+        top, left = (way * round(shift / grid.mpp) for shift in (self.down, self.right))
+        return Grid(grid.mpp, grid.top + top, grid.left + left, grid.height, grid.width)
 
 
 @dataclass

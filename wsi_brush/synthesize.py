@@ -26,7 +26,8 @@ from .encoder import Encoder
 from .errors import MachineError, RefusedError, UsageError
 from .grid import Grid
 from .machine import undisturbed
-from .paint import Painting, Tell, budget, paint_canvas, whole
+from .paint import Painting, budget, paint_canvas, whole
+from .progress import Tell
 from .pyramid import SHARD, Pyramid
 from .scratch import working
 from .slide import Slide, open_slide

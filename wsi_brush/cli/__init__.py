@@ -231,7 +231,7 @@ class _Lists(TyperCommand):
         many = {word for option in self.params if option.multiple for word in option.opts}
         spread: list[str] = []
         for word in args:
-            if spread and not word.startswith("-") and len(spread) > 1 and spread[-2] in many:
+            if len(spread) > 1 and spread[-2] in many and not word.startswith("-"):
                 spread.append(spread[-2])
             spread.append(word)
         return super().parse_args(ctx, spread)

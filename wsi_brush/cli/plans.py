@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,8 @@ def plan_embedding(
     encoder: Encoder, paths: list[Path], out: Path, assume_mpp: float | None, force_mpp: float | None
 ) -> dict[str, Any]:
     """What would be embedded, and what it would need; slides that cannot be read are named."""
-    import numpy as np
-
     from ..embed import COVER, PITCHES, find_slides
+    from ..estimate import encoder_seconds
     from ..slide import open_slide
     from ..tissue import find_tissue
 
@@ -36,9 +34,7 @@ def plan_embedding(
         else:
             covers = [tissue.cover(slide.grid.at(encoder.tile * mpp)) for mpp in PITCHES]
             tiles += sum(int((cover >= COVER).sum()) for cover in covers)
-    start = time.perf_counter()
-    encoder(np.zeros((64, encoder.tile, encoder.tile, 3), np.uint8))
-    minutes = (time.perf_counter() - start) / 64 * tiles / 60
+    minutes = encoder_seconds(encoder, tiles) / 60
     return {
         "slides": [str(path) for path in slides],
         "unreadable": failed,
@@ -82,8 +78,7 @@ def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, paint
 
 def plan_evaluation(sides: list[list[Slide]], encoder: Encoder, out: Path, most: int) -> dict[str, Any]:
     """What would be compared, and at most how many tiles: time from a batch of blank ones on this machine."""
-    import numpy as np
-
+    from ..estimate import encoder_seconds
     from ..evaluate import SCALES
 
     tiles = 0
@@ -91,11 +86,7 @@ def plan_evaluation(sides: list[list[Slide]], encoder: Encoder, out: Path, most:
         for side in sides:
             across = [[length * slide.mpp / mpp / encoder.tile for length in slide.grid.shape] for slide in side]
             tiles += min(most, sum(int(4 * height * width) for height, width in across))
-    batch = np.zeros((64, encoder.tile, encoder.tile, 3), np.uint8)
-    encoder(batch)
-    start = time.perf_counter()
-    encoder(batch)
-    seconds = (time.perf_counter() - start) * 1.5 * tiles / len(batch)  # half as many again for control
+    seconds = encoder_seconds(encoder, 1.5 * tiles)  # half as many again for control
     return {
         "real": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[0]],
         "synthetic": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[1]],
