@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -71,6 +73,32 @@ class TestKernelDistance:
         ]
         expected = own[0] + own[1] - 2 * np.mean([kernel(x, y) for x in one for y in two])
         assert kernel_distance(one, two) == pytest.approx(float(expected), rel=1e-9, abs=1e-9)
+
+    @given(
+        st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9), st.integers(-9, 9)), min_size=2, max_size=4),
+        st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9), st.integers(-9, 9)), min_size=2, max_size=4),
+    )
+    @settings(max_examples=40)
+    def test_in_whole_numbers(self, one: list[tuple[int, ...]], two: list[tuple[int, ...]]) -> None:
+        """As the U-statistic's mean over two of the one and two of the other, in fractions."""
+
+        def kernel(x: tuple[int, ...], y: tuple[int, ...]) -> Fraction:
+            return Fraction(sum(a * b for a, b in zip(x, y, strict=True)) + len(x), len(x)) ** 3
+
+        terms = [
+            kernel(x, x2)
+            + kernel(y, y2)
+            - kernel(x, y2) / 2
+            - kernel(x2, y) / 2
+            - kernel(x, y) / 2
+            - kernel(x2, y2) / 2
+            for x, x2 in permutations(one, 2)
+            for y, y2 in permutations(two, 2)
+        ]
+        expected = float(sum(terms, Fraction()) / len(terms))
+        assert kernel_distance(np.array(one, float), np.array(two, float)) == pytest.approx(
+            expected, rel=1e-9, abs=1e-6
+        )
 
     def test_in_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         one, two = normal(50, 6), normal(31, 6, seed=1)

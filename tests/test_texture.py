@@ -22,8 +22,10 @@ from wsi_brush.texture import (
     haematoxylin,
     nuclear_threshold,
     octaves,
+    seam_of,
     seams,
     stain_distance,
+    steps,
 )
 
 Pixels = NDArray[np.uint8]
@@ -122,6 +124,14 @@ class TestStain:
         """Of 0 and 2 against 1 and 1, all is moved by 1 though the means are one; sets may differ in size."""
         real, other = np.array([[0.0, 5.0, 1.0], [2.0, 5.0, 1.0]]), np.array([[1.0, 5.0, 3.0]] * 3)
         assert stain_distance(real, other) == pytest.approx([1, 0, 2])
+
+    def test_scipy_says_the_same(self) -> None:
+        """Of sets of one size too, for which there is a shorter way."""
+        from scipy.stats import wasserstein_distance
+
+        real, other = densities(smooth())[::2].reshape(-1, 3), densities(noise())[1::2].reshape(-1, 3)
+        expected = [wasserstein_distance(real[:, k], other[:, k]) for k in range(3)]
+        assert stain_distance(real, other) == pytest.approx(expected, rel=1e-5)
 
     def test_none(self) -> None:
         with pytest.raises(ValueError, match="both sets"):
@@ -331,6 +341,26 @@ class TestDescriptor:
     def test_sides_that_do_not_divide(self) -> None:
         with pytest.raises(ValueError, match="halved 5 times"):
             descriptor(noise(48, 64))
+
+
+@pytest.mark.parametrize(("period", "among"), [(2, 1), (8, 1), (64, 32), (128, 32), (512, 256)])
+def test_squares_sum_to_the_whole(period: int, among: int) -> None:
+    """Each line is counted once, in the square in which it begins; also in squares that the picture cuts."""
+    pixels = noise(600, 530)
+    found = steps(pixels, period, among=among, part=100)
+    assert found.shape == (6 * 6, 2, period // among)
+    assert np.array_equal(found.sum(0), steps(pixels, period, among=among, part=4096).sum(0))
+    expected = np.zeros((2, period))
+    for image in (pixels.astype(int), pixels.astype(int).swapaxes(0, 1)):
+        for line in range(1, len(image)):
+            expected[:, line % period] += np.abs(image[line] - image[line - 1]).sum(), image[line].size
+    assert np.array_equal(found.sum(0), expected[:, ::among])
+    assert seam_of(found.sum(0)) == seams(pixels, period, among=among)
+    moved = steps(noise(600, 530, seed=1), period, among=among, part=100)
+    moved[7] = found[7]  # the square at row 100, column 100
+    mixed = noise(600, 530, seed=1)
+    mixed[99:200, 99:200] = pixels[99:200, 99:200]
+    assert np.array_equal(steps(mixed, period, among=among, part=100)[7], moved[7])
 
 
 def test_a_finer_lattice_is_not_taken_for_seams() -> None:

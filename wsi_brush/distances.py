@@ -27,18 +27,14 @@ def frechet(real: Vectors, other: Vectors) -> float:
     for vectors in (real, other):
         if len(vectors) <= vectors.shape[1]:
             raise ValueError(f"{len(vectors)} vectors of {vectors.shape[1]} numbers have no covariance; give more")
-    means, spreads = zip(*((v.mean(0), np.cov(v, rowvar=False)) for v in (real, other)), strict=True)
-    # tr (C C')^½ is the sum of the singular values of C^½ C'^½
-    roots = [_root(np.atleast_2d(spread)) for spread in spreads]
-    shared = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
-    total = sum(float(np.trace(np.atleast_2d(spread))) for spread in spreads)
+    means = [vectors.mean(0) for vectors in (real, other)]
+    # C = R'R with R triangular, also where bootstrapped rows make C singular; of (C C')^½ the trace is the sum of the
+    # singular values of R R'^T
+    apart = [(v - mean) / np.sqrt(len(v) - 1) for v, mean in zip((real, other), means, strict=True)]
+    roots: list[Any] = [np.linalg.qr(one, mode="r") for one in apart]
+    shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    total = sum(float((one**2).sum()) for one in apart)
     return float(((means[0] - means[1]) ** 2).sum() + total - 2 * shared)
-
-
-def _root(spread: Vectors) -> Vectors:
-    values, axes = np.linalg.eigh(spread)
-    root: Vectors = (axes * np.sqrt(values.clip(0))) @ axes.T
-    return root
 
 
 def kernel_distance(real: Vectors, other: Vectors) -> float:
@@ -54,7 +50,8 @@ def kernel_distance(real: Vectors, other: Vectors) -> float:
         total, own = 0.0, 0.0
         for start in range(0, len(one), _ROWS):
             part = one[start : start + _ROWS]
-            total += float(((part @ two.T / one.shape[1] + 1) ** 3).sum())
+            kernel = part @ two.T / one.shape[1] + 1
+            total += float((kernel * kernel * kernel).sum())  # as ** 3 it takes ten times longer
             own += float((((part**2).sum(1) / one.shape[1] + 1) ** 3).sum()) if same else 0.0
         pairs = len(one) * (len(one) - 1) if same else len(one) * len(two)
         return (total - own) / pairs
