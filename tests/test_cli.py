@@ -266,9 +266,10 @@ class TestEvaluate:
         other, third = (shutil.copy(tissue_slide, tmp_path / name) for name in ("other.tif", "third.tif"))
         report = tmp_path / "report"
         arguments = ["--real", tissue_slide, other, "--synthetic", other, third, "-o", report, "--most", 16]
+        arguments += ["--force-mpp", 0.51]
         plan = words("evaluate", *arguments, "--dry-run")
         assert plan.code == 0
-        assert "tissue.tif (0.5 µm per pixel), other.tif (0.5 µm per pixel)" in plan.out
+        assert "tissue.tif (0.51 µm per pixel), other.tif (0.51 µm per pixel)" in plan.out
         assert not report.exists()
         ran = words("evaluate", *arguments, "--json")
         assert ran.code == 0, ran.err
@@ -276,12 +277,52 @@ class TestEvaluate:
         assert figures == json.loads((report / "report.json").read_text("utf-8"))
         assert [one["name"] for one in figures["synthetic"]] == ["other.tif", "third.tif"]
         assert [one["name"] for one in figures["real"]] == ["tissue.tif", "other.tif"]
+        assert {(one["mpp"], one["mpp_source"]) for one in figures["real"] + figures["synthetic"]} == {(0.51, "forced")}
         assert set(figures["control"]) == {"bundled", "descriptor"}
         assert words("verify", report).code == 0
         again = words("evaluate", *arguments)
         assert again.one_line(4)
         shown = words("evaluate", *arguments, "--overwrite", "--quiet")
         assert (shown.code, shown.out) == (0, "")
+
+    def test_several_encoders_have_their_figures_each(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
+        about = json.loads((WEIGHTS / "encoder.json").read_text("utf-8"))
+        shutil.copy(WEIGHTS / "encoder.safetensors", tmp_path / "mine.safetensors")
+        (tmp_path / "mine.json").write_text(json.dumps(about | {"name": "mine"}), "utf-8")
+        report, mine = tmp_path / "report", tmp_path / "mine.safetensors"
+        sides = ["evaluate", "--real", tissue_slide, "--synthetic", tissue_slide, "-o", report, "--most", 16]
+        ran = words(*sides, "--encoder", "bundled", mine, "--json")
+        assert ran.code == 0, ran.err
+        figures = json.loads(ran.out)
+        assert list(figures["scales"]) == list(figures["borders"]) == ["bundled", "mine"]
+        assert figures["scales"]["bundled"] == figures["scales"]["mine"]
+        assert set(figures["control"]) == {"bundled", "mine", "descriptor"}
+        for encoders, said in (
+            (("bundled", "nothing"), "'nothing' is no encoder; expected bundled"),
+            (("bundled", tmp_path / "none.safetensors"), "none.safetensors: no such file"),
+            ((mine, mine), "--encoder mine: a second one of that name"),
+        ):
+            assert said in words(*sides, "--encoder", *encoders, "--overwrite").one_line(1)
+
+    def test_a_painting_is_found_to_follow_its_reference(
+        self, words: Words, tissue_slide: Path, tmp_path: Path
+    ) -> None:
+        """Among two slides of one size, in another order."""
+        mirrored, new = tmp_path / "mirrored.tif", tmp_path / "new.ome.zarr"
+        slide = open_slide(tissue_slide)
+        write_pyramid(mirrored, [slide.read(slide.grid)[:, ::-1]])
+        assert words(*paint(mirrored, new, "bundled", region="300,300,448,448")).code == 0
+        ran = words(
+            "evaluate", "--real", tissue_slide, mirrored, "--synthetic", new, "-o", tmp_path / "report", "--most", 16,
+            "--json",
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+        figures = json.loads(ran.out)
+        assert [(one["name"], one["area"]) for one in figures["real"]] == [
+            ("tissue.tif", [0, 0, 1024, 1024]), ("mirrored.tif", [300, 300, 448, 448])
+        ]  # fmt: skip
+        assert figures["control"] is not None
+        assert not any("pair" in note for note in figures["notes"])
 
     def test_what_cannot_be_compared_is_one_line(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
         blank = write_pyramid(tmp_path / "blank.tif", [np.full((512, 512, 3), 245, np.uint8)])

@@ -44,11 +44,19 @@ def test_a_copy_is_found_and_a_stranger_is_not(
         control(sides_of(folder, pixels, other), [encoder], Codec("none"), [1.0], most=64, seed=0)[encoder.name]
         for folder, other in ((tmp_path, pixels), (tmp_path / "rolled", np.roll(pixels, (512, 1024), (0, 1))))
     )
-    assert copy["cosine"]["1"]["n"] == 64
-    assert copy["cosine"]["1"]["mean"] > 0.999
-    assert abs(copy["cosine"]["1"]["elsewhere"]) < 0.5
-    assert copy["retrieval"] == {"regions": 16, "side": 512.0, "top1": 1.0, "top5": 1.0, "chance": 0.0625}
+    own = copy["cosine"]["1"]
+    assert (own["n"], own["blocks"], own["seed"]) == (64, 16, 0)
+    assert own["mean"] > 0.999
+    assert own["elsewhere"] == pytest.approx(own["chance"], abs=1e-6)  # the painting is the real tile
+    for name in ("elsewhere", "chance"):
+        assert -0.5 < own[f"{name}_low"] < own[name] < own[f"{name}_high"] < 0.5
+    found = copy["retrieval"]
+    assert (found["regions"], found["side"], found["chance"]) == (16, 512.0, 0.0625)
+    assert (found["top1"], found["top5"], found["top1_high"]) == (1, 1, 1)
+    assert found["top1_low"] == pytest.approx(0.025 ** (1 / 16), abs=1e-5)  # 16 of 16, Clopper and Pearson
+    assert found["real"] > 0.9
     assert rolled["cosine"]["1"]["mean"] < 0.5
+    assert rolled["cosine"]["1"]["high"] < own["low"]
     assert rolled["retrieval"]["top1"] < 0.3
     worst = rolled["cosine"]["1"]["worst"]
     assert [one["cosine"] for one in worst] == sorted(one["cosine"] for one in worst)
@@ -66,5 +74,35 @@ def test_what_was_left_blank_is_seen(pixels: NDArray[np.uint8], tmp_path: Path) 
 def test_too_few_is_said(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     sides = sides_of(tmp_path, pixels[:512, :512], pixels[:512, :512])
     found = control(sides, [TileStatistics()], Codec("none"), [1.0, 8.0], most=64, seed=0)["statistics"]
-    assert found["cosine"]["8"] == {"n": 0, "missing": "fewer than 2 tiles with tissue"}
+    assert found["cosine"]["8"] == {"n": 0, "missing": "0 tiles of 1024 µm with tissue; 8 are needed"}
     assert found["retrieval"] == {"regions": 1, "missing": "fewer than 4 regions"}
+
+
+def test_few_tiles_may_overlap(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    """2 x 2 tiles of 8 µm: 3 x 3 that stand half a tile apart; the middle one overlaps with all others."""
+    sides = sides_of(tmp_path, pixels, pixels)
+    found = control(sides, [TileStatistics()], Codec("none"), [8.0], most=64, seed=0)["statistics"]["cosine"]["8"]
+    assert (found["n"], found["mean"]) == (9, 1.0)
+    assert found["low"] is found["chance_low"] is None  # 9 tiles, but 4 blocks
+    assert found["chance"] < 0.5
+
+
+def test_encoders_of_one_tile_share_what_is_read(
+    pixels: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsi_brush import samples
+    from wsi_brush.samples import read_spots
+
+    read = []
+
+    def counted(fields: Any, spots: Any, *rest: Any, **options: Any) -> Any:
+        read.append(len(spots))
+        return read_spots(fields, spots, *rest, **options)
+
+    monkeypatch.setattr(samples, "read_spots", counted)
+    some = pixels[:1024, :1024]
+    sides, both = sides_of(tmp_path, some, some), [TileStatistics(), Descriptor()]
+    together = control(sides, both, Codec("none"), [1.0], most=16, seed=0)
+    assert read == [16, 16]
+    for encoder in both:
+        assert together[encoder.name] == control(sides, [encoder], Codec("none"), [1.0], most=16, seed=0)[encoder.name]

@@ -10,12 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TileStatistics, write_pyramid
+from numpy.typing import NDArray
 
 from wsi_brush import commit
+from wsi_brush.control import Descriptor
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.report import write_report
+from wsi_brush.samples import open_sides
 from wsi_brush.slide import open_slide
+
+
+class Turned(TileStatistics):
+    """A second encoder, which sees larger tiles."""
+
+    name, tile, fingerprint = "<i>turned", 160, "turned"
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return super().__call__(np.ascontiguousarray(tiles[:, 16:144, 16:144].swapaxes(1, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +42,28 @@ def slides(tissue_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.fixture(scope="module")
 def report(slides: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("reports") / "report"
-    figures = evaluate_slides(
-        slides[:1], slides[1:], encoder=TileStatistics(), then=lambda s, f: write_report(target, s, f)
-    )
+    target, sides = tmp_path_factory.mktemp("reports") / "report", open_sides(slides[:1], slides[1:])
+    figures = evaluate_slides(sides, encoders=[TileStatistics(), Turned()])
+    write_report(target, sides, figures)
     assert json.loads((target / "report.json").read_text("utf-8")) == json.loads(json.dumps(figures))
     return target
 
 
 def test_the_figures_are_there_and_say_what_they_are_of(report: Path) -> None:
     figures = json.loads((report / "report.json").read_text("utf-8"), parse_constant=lambda word: pytest.fail(word))
-    assert list(figures["scales"]) == ["0.5", "2", "8"]
+    assert [one["name"] for one in figures["encoders"]] == list(figures["scales"]) == ["statistics", "<i>turned"]
     assert figures["codec"] == "jpeg:90"
-    assert {"value", "low", "high", "floor"} <= set(figures["scales"]["0.5"]["kernel"])
-    assert "missing" in figures["scales"]["8"]
+    for scales in figures["scales"].values():
+        assert list(scales) == ["0.5", "2", "8"]
+        assert {"value", "low", "high", "floor", "n", "seed"} <= set(scales["0.5"]["kernel"])
+        assert "needed" in scales["8"]["missing"]
+    assert figures["scales"]["statistics"]["0.5"]["n"] > figures["scales"]["<i>turned"]["0.5"]["n"] > 8
+    assert set(figures["borders"]) == {"statistics", "<i>turned"}
+    assert figures["borders"]["statistics"]["256"]["kernel"]["floor"] is not None
     ratio = figures["texture"]["octaves"]["ratio"]
     assert ratio[0] < ratio[1] < ratio[2] < 1.01
     assert ratio[0] < 0.8
-    assert set(figures["control"]) == {"statistics", "descriptor"}
+    assert set(figures["control"]) == {"statistics", "<i>turned", "descriptor"}
     assert figures["control"]["statistics"]["cosine"]["0.5"]["mean"] > 0.5
     assert [one["synthetic"] for one in figures["real"] + figures["synthetic"]] == [False, False]
 
@@ -57,6 +73,8 @@ def test_the_page_needs_nothing_else_and_runs_nothing(report: Path) -> None:
     assert not re.findall(r"(?:src|href)=[\"'](?!data:image/jpeg;base64,)", page)
     assert "<script" not in page
     assert "<b>soft" not in page
+    assert "<i>turned" not in page
+    assert page.count("&lt;i&gt;turned") >= 5  # above, in its table, on borders, and twice in control
     assert "&lt;b&gt;soft &amp; new.tif" in page
     assert page.count("SYNTHETIC") >= page.count("<img") / 2 > 4
     assert page.count("<svg") == page.count("</svg>")
@@ -66,22 +84,23 @@ def test_the_page_needs_nothing_else_and_runs_nothing(report: Path) -> None:
 
 def test_the_same_seed_the_same_figures(slides: tuple[Path, Path]) -> None:
     def figures(seed: int) -> dict[str, Any]:
-        found = evaluate_slides(slides[:1], slides[1:], encoder=TileStatistics(), most=64, seed=seed)
+        found = evaluate_slides(open_sides(slides[:1], slides[1:]), encoders=[TileStatistics()], most=64, seed=seed)
         found.pop("seconds")
         return found
 
     first = figures(1)
     assert first == figures(1)
-    assert first["scales"]["0.5"] != figures(2)["scales"]["0.5"]
+    assert first["scales"]["statistics"]["0.5"] != figures(2)["scales"]["statistics"]["0.5"]
 
 
 def test_progress_comes_to_its_end(slides: tuple[Path, Path]) -> None:
     told: dict[str, tuple[int, int]] = {}
-    evaluate_slides(
-        slides[:1], slides[1:], encoder=TileStatistics(), most=64,
-        tell=lambda what, done, total: told.update({what: (done, total)}),
-    )  # fmt: skip
-    assert {"looking for tissue", "embedding at 0.5 µm", "comparing at 0.5 µm"} <= set(told)
+
+    def tell(what: str, done: int, total: int) -> None:
+        told.update({what: (done, total)})
+
+    evaluate_slides(open_sides(slides[:1], slides[1:], tell=tell), encoders=[TileStatistics()], most=64, tell=tell)
+    assert {"looking for tissue", "embedding at 0.5 µm", "looking at borders", "comparing at 0.5 µm"} <= set(told)
     assert all(done == total for done, total in told.values())
 
 
@@ -90,8 +109,14 @@ def test_the_brushs_own_encoder_is_said(slides: tuple[Path, Path], monkeypatch: 
 
     about = {"synthetic": True, "encoder_fingerprint": TileStatistics.fingerprint}
     monkeypatch.setattr(samples, "painted_after", lambda path: about)
-    figures = evaluate_slides(slides[:1], slides[1:], encoder=TileStatistics(), most=32)
-    assert any("flatter the brush" in note for note in figures["notes"])
+    sides = open_sides(slides[:1], slides[1:])
+    alone, both = (
+        [note for note in evaluate_slides(sides, encoders=some, most=32)["notes"] if "flatter the brush" in note]
+        for some in ([TileStatistics()], [Turned(), TileStatistics()])
+    )
+    assert alone[0].endswith("give another --encoder beside it")
+    assert both[0].startswith("encoder statistics is the one")
+    assert len(alone) == len(both) == len(sides.notes) == 1  # the sides' own note is of the pair
 
 
 def test_what_only_one_side_shows_is_left_out(slides: tuple[Path, Path], tmp_path: Path) -> None:
@@ -99,22 +124,27 @@ def test_what_only_one_side_shows_is_left_out(slides: tuple[Path, Path], tmp_pat
     from wsi_brush.grid import Grid
 
     coarse = write_pyramid(tmp_path / "coarse.tif", [slide.read(Grid(2.0, 0, 0, 256, 256))], mpp=2.0)
-    figures = evaluate_slides([coarse], slides[1:], encoder=TileStatistics(), most=32)
-    assert list(figures["scales"]) == ["2", "8"]
+    figures = evaluate_slides(open_sides([coarse], slides[1:]), encoders=[TileStatistics()], most=32)
+    assert list(figures["scales"]["statistics"]) == ["2", "8"]
     assert "not at 0.5 µm, which not every slide shows" in figures["notes"]
     far = write_pyramid(tmp_path / "far.tif", [np.full((64, 64, 3), (200, 120, 170), np.uint8)], mpp=20.0)
     with pytest.raises(UsageError, match="nothing can be compared"):
-        evaluate_slides([far], slides[1:], encoder=TileStatistics())
+        evaluate_slides(open_sides([far], slides[1:]), encoders=[TileStatistics()])
+
+
+def test_encoders_of_one_name_are_told(slides: tuple[Path, Path]) -> None:
+    sides = open_sides(slides[:1], slides[1:])
+    for pair, name in (([TileStatistics()] * 2, "statistics"), ([Descriptor()], "descriptor")):
+        with pytest.raises(UsageError, match=f"--encoder {name}: a second one of that name"):
+            evaluate_slides(sides, encoders=pair)
 
 
 def test_what_is_there_is_not_lost(report: Path, slides: tuple[Path, Path], tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "mine.txt").write_text("mine")
+    sides, figures = open_sides(slides[:1], slides[1:]), json.loads((report / "report.json").read_text("utf-8"))
     for target, overwrite in ((report, False), (notes, True)):
         with pytest.raises(RefusedError):
-            evaluate_slides(
-                slides[:1], slides[1:], encoder=TileStatistics(), most=32,
-                then=lambda s, f, t=target, o=overwrite: write_report(t, s, f, overwrite=o),
-            )  # fmt: skip
+            write_report(target, sides, figures, overwrite=overwrite)
     assert (notes / "mine.txt").read_text() == "mine"

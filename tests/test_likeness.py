@@ -12,9 +12,9 @@ from conftest import TileStatistics, write_pyramid
 from numpy.typing import NDArray
 
 from wsi_brush.control import Descriptor
-from wsi_brush.distances import Vectors, frechet, overlap
+from wsi_brush.distances import frechet, overlap
 from wsi_brush.errors import SlideError
-from wsi_brush.likeness import borders, distribution, measured, see, texture
+from wsi_brush.likeness import Rows, distribution, measured, see, texture
 from wsi_brush.samples import Codec, Sides, open_sides
 from wsi_brush.slide import open_slide
 
@@ -48,7 +48,7 @@ def blurred(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def figures(sides: Sides) -> dict[str, Any]:
-    return distribution(sides, see(sides, 0.5, Descriptor(), PLAIN, most=1024, seed=0), seed=0)
+    return distribution(sides, see(sides, 0.5, [Descriptor()], PLAIN, most=1024, seed=0)[0], seed=0)
 
 
 class TestDistribution:
@@ -74,16 +74,14 @@ class TestDistribution:
 
     def test_intervals_hold_the_figure_and_keep_to_its_range(self) -> None:
         random = np.random.default_rng(0)
-        first, second, other = (random.normal(shift, 1, size=(120, 4)) for shift in (0, 0, 0.4))
-        groups = (np.arange(120) // 10,) * 3
+        groups = np.arange(120) // 10
+        first, second, other = (Rows(random.normal(shift, 1, size=(120, 4)), groups) for shift in (0, 0, 0.4))
         names = ["precision", "recall", "density", "coverage"]
-
-        def parts(one: Vectors, two: Vectors) -> Vectors:
-            return np.array(overlap(one, two))
-
-        found = measured(names, parts, first, second, other, groups=groups, seed=0)
-        found |= measured(["frechet"], frechet, first, second, other, groups=groups, seed=0)
+        samples = {"value": (first, other), "floor": (first, second)}
+        found = measured(names, overlap, samples, seed=3)
+        found |= measured(["frechet"], frechet, samples, seed=3)
         for name, one in found.items():
+            assert (one["n"], one["seed"]) == ([120, 120], 3)
             for start, value in (("", one["value"]), ("floor_", one["floor"])):
                 low, high = one[f"{start}low"], one[f"{start}high"]
                 assert low is not None, name
@@ -97,17 +95,34 @@ class TestDistribution:
         self, full: NDArray[np.uint8], tmp_path: Path
     ) -> None:
         sides = sides_of(tmp_path, full[:512], full[:512])
-        found = distribution(sides, see(sides, 0.5, TileStatistics(), PLAIN, most=60, seed=0), seed=0)
+        found = distribution(sides, see(sides, 0.5, [TileStatistics()], PLAIN, most=60, seed=0)[0], seed=0)
         assert 8 <= found["n"] < 30
         assert found["frechet"] == {
             "missing": f"{found['n']} tiles of 24 numbers have no covariance; see the kernel distance"
         }
         assert "value" in found["kernel"]
+        few = {"missing": f"{found['n']} tiles have no neighbourhoods; 20 are needed"}
+        assert all((found[name] == few) == (found["n"] < 20) for name in ("precision", "recall", "density", "coverage"))
 
     def test_hardly_any_is_said(self, full: NDArray[np.uint8], tmp_path: Path) -> None:
         sides = sides_of(tmp_path, full[:256, :256], full[:256, :256])
-        found = distribution(sides, see(sides, 0.5, TileStatistics(), PLAIN, most=60, seed=0), seed=0)
-        assert found["missing"] == f"{found['n']} tiles a half; at least 8 are needed"
+        found = distribution(sides, see(sides, 0.5, [TileStatistics()], PLAIN, most=60, seed=0)[0], seed=0)
+        said = "2 tiles of 64 µm in a half; 8 are needed: give larger regions, or more pairs"
+        assert found == {"real": 9, "synthetic": 9, "n": 2, "missing": said}
+
+    def test_small_fields_speak_together(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        """Four fields of 3 x 3 tiles: none has two halves of 8 tiles, all of them have."""
+        options: dict[str, Any] = {"compression": "zlib", "compressionargs": {}}
+        paths: list[list[Path]] = [[], []]
+        for number, top in enumerate((180, 260, 340, 420)):
+            for side, name in enumerate(("real", "other")):
+                part = pixels[top : top + 384, 300:684]
+                paths[side].append(write_pyramid(tmp_path / f"{name}{number}.tif", [part], **options))
+        sides = open_sides(*paths)
+        found = distribution(sides, see(sides, 0.5, [TileStatistics()], PLAIN, most=500, seed=0)[0], seed=0)
+        assert found["n"] == 18  # 5 + 4 + 5 + 4
+        for edge in ("low", "high", "floor_low", "floor_high"):
+            assert found["kernel"][edge] is not None
 
     def test_an_encoder_that_fails_is_named(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
         class Broken(TileStatistics):
@@ -119,20 +134,50 @@ class TestDistribution:
         with pytest.raises(
             SlideError, match=r"real\.tif: encoder statistics gives numbers that are not finite at 0\.5"
         ):
-            see(sides_of(tmp_path, pixels, pixels), 0.5, Broken(), PLAIN, most=20, seed=0)
+            see(sides_of(tmp_path, pixels, pixels), 0.5, [Broken()], PLAIN, most=20, seed=0)
 
 
 class TestTexture:
     def test_of_the_same_nothing_differs(self, full: NDArray[np.uint8], tmp_path: Path) -> None:
         found = texture(sides_of(tmp_path, full, full), PLAIN, mpp=0.5, seed=0)
         assert found["real"] == found["synthetic"] == 4
+        assert found["n"] == 2
         assert found["octaves"]["ratio"] == [1.0] * 6
+        assert found["octaves"]["n"] == [4, 4]
         assert found["octaves"]["wavelength"] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
-        assert max(found["stain"]["distance"]) < 0.01
-        sides = [{**found["nuclei"][side], "low": 0, "high": 0} for side in ("real", "synthetic")]
-        assert sides[0] == sides[1]
+        assert found["stain"]["distance"] == found["stain"]["floor"]  # what lies beside the second half is it
+        assert max(found["stain"]["distance"]) < 0.02
+        assert found["nuclei"]["real"] == found["nuclei"]["synthetic"]
         assert found["nuclei"]["real"]["count"] > 100
-        assert found["nuclei"]["area_distance"] == 0
+        ratio, area = found["nuclei"]["density_ratio"], found["nuclei"]["area_distance"]
+        assert ratio["value"] == 1
+        assert area["value"] == area["floor"] == 0  # a half is the other, turned over
+        assert (ratio["n"], area["n"]) == ([4, 4], [2, 2])
+        assert ratio["low"] is area["low"] is found["stain"]["low"][0] is found["octaves"]["low"][0] is None
+
+    def test_every_figure_has_its_interval_and_its_floor(self, full: NDArray[np.uint8], tmp_path: Path) -> None:
+        """16 windows of a slide, each of a shade of its own, and the same a little darker."""
+        random, rows = np.random.default_rng(0), []
+        for _ in range(4):
+            shades = [255 - (255 - full[:512, :512].astype(float)) * random.uniform(0.97, 1.03, 3) for _ in range(4)]
+            rows.append(np.concatenate(shades, 1))
+        real = np.concatenate(rows).clip(0, 255).astype(np.uint8)
+        sides = sides_of(tmp_path, real, (0.9 * real).astype(np.uint8))
+        found = texture(sides, PLAIN, mpp=0.5, seed=5)
+        assert (found["real"], found["n"]) == (16, 8)
+        for one in (found["octaves"], found["stain"]):
+            values = one["ratio" if "ratio" in one else "distance"]
+            assert one["seed"] == 5
+            for k, (value, floor) in enumerate(zip(values, one["floor"], strict=True)):
+                assert one["low"][k] <= value <= one["high"][k]
+                assert one["floor_low"][k] <= floor <= one["floor_high"][k]
+        assert max(found["stain"]["floor_high"]) < min(found["stain"]["low"])
+        assert found["octaves"]["high"][0] < 1
+        for name in ("density_ratio", "area_distance", "eccentricity_distance"):
+            one = found["nuclei"][name]
+            assert 0 <= one["low"] <= one["value"] <= one["high"]
+            assert 0 <= one["floor_low"] <= one["floor"] <= one["floor_high"]
+        json.dumps(found, allow_nan=False)
 
     def test_blur_and_stain_are_found_out(self, full: NDArray[np.uint8], tmp_path: Path) -> None:
         pale = 255 - (255 - blurred(full).astype(float)) * 0.6
@@ -150,8 +195,8 @@ class TestTexture:
         found = texture(sides, PLAIN, mpp=0.5, seed=0)
         assert found["octaves"]["ratio"][0] is None
         assert found["octaves"]["ratio"][1] > 0
-        assert borders(sides, PLAIN)[0]["floor"] is None
-        json.dumps([found, borders(sides, PLAIN)], allow_nan=False)
+        assert found["nuclei"]["area_distance"]["value"] is None or found["nuclei"]["area_distance"]["value"] >= 0
+        json.dumps(found, allow_nan=False)
 
     def test_nuclei_are_not_looked_for_where_they_are_a_pixel(self, full: NDArray[np.uint8], tmp_path: Path) -> None:
         found = texture(sides_of(tmp_path, full, full), PLAIN, mpp=2.0, seed=0)
@@ -163,19 +208,3 @@ class TestTexture:
     def test_too_small_is_said(self, full: NDArray[np.uint8], tmp_path: Path) -> None:
         found = texture(sides_of(tmp_path, full[:512], full[:512]), PLAIN, mpp=0.5, seed=0)
         assert found == {"missing": "fewer than 4 windows of 512 pixels with tissue at 0.5 µm"}
-
-
-def test_tiles_are_seen(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
-    """Tiles of 256 pixels of which every second is a little darker."""
-    (tmp_path / "tiled").mkdir()
-    rows, columns = np.mgrid[:1024, :1024] // 256
-    darker = pixels - (12 * ((rows + columns) % 2)).astype(np.uint8)[..., None]
-    plain, tiled = (
-        {one["period"]: one for one in borders(sides_of(folder, pixels, other), PLAIN)}
-        for folder, other in ((tmp_path, pixels), (tmp_path / "tiled", darker))
-    )
-    assert set(plain) == {2, 8, 256}
-    assert all(one["ratio"] == one["floor"] for one in plain.values())
-    assert tiled[256]["rank"] == 1
-    assert tiled[256]["ratio"] > 1.2 * tiled[256]["floor"]
-    assert tiled[2]["ratio"] == pytest.approx(plain[2]["ratio"], abs=0.05)

@@ -7,19 +7,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_pyramid
+from conftest import TileStatistics, write_ome_zarr, write_pyramid
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wsi_brush.commit import staged
+from wsi_brush.control import Descriptor
+from wsi_brush.embed import slide_fingerprint
 from wsi_brush.errors import SlideError, UsageError
 from wsi_brush.grid import Grid
+from wsi_brush.progress import Told
+from wsi_brush.pyramid import Pyramid
 from wsi_brush.samples import (
     Codec,
     Field,
     Pair,
     blocks,
+    by_tile,
+    elsewhere,
+    embed_spots,
     field_of,
     halves,
+    open_all,
     open_sides,
     painted_after,
     read_spots,
@@ -93,7 +102,79 @@ def test_halves_share_no_pixel_and_both_see_everything(height: int, width: int, 
 class _Blank:
     """Of a slide, only what finding spots needs."""
 
+    def __init__(self, name: str = "made") -> None:
+        self.path = Path(name)
+
     mpp = 0.5
+
+
+def square_field(path: str, top: int, left: int, side: int) -> Field:
+    """Tissue everywhere in a square of a made slide."""
+    mask = np.ones((-(-side // 16), -(-side // 16)), np.bool_)
+    return Field(path, _Blank(path), Grid(0.5, top, left, side, side), mask)  # type: ignore[arg-type]
+
+
+def test_halves_of_fields_that_overlap_share_no_pixel() -> None:
+    fields = [square_field("one", 0, 0, 512), square_field("one", 200, 130, 512), square_field("two", 200, 130, 512)]
+    spots = spots_of(fields, 0.5, 64)
+    seen = np.zeros((2, 2, 1024, 1024), np.bool_)
+    for half, part in enumerate(halves(fields, spots)):
+        assert {spots[number].field for number in part} == {0, 1, 2}
+        for number in part:
+            index, grid = spots[number]
+            seen[half, index // 2, grid.top : grid.bottom, grid.left : grid.right] = True
+    assert not (seen[0] & seen[1]).any()
+
+
+@pytest.mark.parametrize("paths", [["one"] * 6, list("abcdef")])
+def test_fields_of_one_spot_go_to_both_halves(paths: list[str]) -> None:
+    fields = [square_field(path, 100 * k, 0, 100) for k, path in enumerate(paths)]
+    spots = spots_of(fields, 0.5, 64, stride=1.0)
+    assert halves(fields, spots) == ([0, 2, 4], [1, 3, 5])
+    # the same field again is in the same half
+    assert halves([fields[0]] * 3, [spots[0]._replace(field=k) for k in range(3)]) == ([0, 1, 2], [])
+
+
+def test_fields_that_overlap_stay_together() -> None:
+    """Also through a third one."""
+    fields = [square_field("one", 0, left, 128) for left in (0, 240, 96)] + [square_field("two", 0, 0, 128)]
+    spots = spots_of(fields, 0.5, 128)
+    assert [spot.field for spot in spots] == [0, 1, 2, 3]
+    assert halves(fields, spots) == ([0, 2, 3], [1])
+    fields.insert(3, square_field("one", 0, 200, 128))
+    assert halves(fields, spots_of(fields, 0.5, 128)) == ([0, 1, 2, 3], [4])
+
+
+def test_elsewhere_is_another_place_of_the_same_slide() -> None:
+    fields = [square_field("one", 0, 0, 256), square_field("two", 0, 0, 64), square_field("one", 128, 0, 256)]
+    spots = spots_of(fields, 0.5, 64)
+    others = elsewhere(fields, spots, seed=0)
+    for spot, number in zip(spots, others, strict=True):
+        other = spots[number]
+        same = fields[spot.field].slide.path == fields[other.field].slide.path
+        assert same == (spot.field != 1)
+        apart = max(abs(spot.grid.top - other.grid.top), abs(spot.grid.left - other.grid.left)) >= 64
+        assert apart or not same
+    assert others == elsewhere(fields, spots, seed=0) != elsewhere(fields, spots, seed=1)
+    assert elsewhere(fields[1:2], spots_of(fields[1:2], 0.5, 64), seed=0) == [-1]
+
+
+def test_a_spot_is_read_once_for_all_encoders(slide: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Larger(TileStatistics):
+        name, tile = "larger", 256
+
+    encoders = [TileStatistics(), Larger(), Descriptor()]
+    assert [[one.name for one in alike] for alike in by_tile(encoders)] == [["statistics", "descriptor"], ["larger"]]
+    fields, read, told = [field_of(slide)], [], []
+    spots = spots_of(fields, 0.5, 128, most=70)
+    tiles = np.concatenate(list(read_spots(fields, spots, Codec("jpeg:80"))))
+    monkeypatch.setattr(Slide, "read", lambda one, grid, read_=Slide.read: read.append(grid) or read_(one, grid))
+    count = Told(lambda *said: told.append(said), "embedding", len(spots))
+    found = embed_spots(fields, spots, [encoders[0], encoders[2]], Codec("jpeg:80"), count)
+    assert read == [spot.grid for spot in spots]
+    assert told == [("embedding", 64, len(spots)), ("embedding", len(spots), len(spots))]
+    for vectors, encoder in zip(found, (encoders[0], encoders[2]), strict=True):
+        assert np.array_equal(vectors, encoder(tiles).astype(np.float64))
 
 
 def test_neighbours_are_of_one_block(slide: Slide) -> None:
@@ -122,6 +203,19 @@ class TestCodec:
     def test_what_is_none(self, word: str) -> None:
         with pytest.raises(UsageError, match=f"--codec {word}: expected none, or jpeg:Q"):
             Codec(word)
+
+
+def painted(slide: Slide, target: Path, place: Grid, *, fingerprint: str | None = None, mpp: float = 0.5) -> Path:
+    """A painting that shows what its reference shows; older ones have no fingerprint."""
+    about = {"synthetic": True, "reference": {"mpp": mpp, "region": [place.top, place.left, *place.shape]}}
+    if fingerprint is not None:
+        about["reference"] |= {"fingerprint": fingerprint}  # type: ignore[operator]
+    with staged(target, kind="pyramid", about={"format": 1}) as stage:
+        pyramid = Pyramid(stage, place, about=about)
+        for part in place.tiles(1024):
+            pyramid.write(part, slide.read(part))
+        pyramid.finish()
+    return target
 
 
 class TestSides:
@@ -163,19 +257,11 @@ class TestSides:
         assert sides.notes == ["pixel sizes from 0.5 to 1 µm: all are read at the same pitches"]
 
     def test_a_painting_knows_its_place(self, slide: Slide, tmp_path: Path) -> None:
-        from wsi_brush.commit import staged
-        from wsi_brush.pyramid import Pyramid
-
         place = Grid(0.5, 320, 256, 384, 448)
-        target = tmp_path / "painted.ome.zarr"
-        about = {"synthetic": True, "reference": {"mpp": 0.5, "region": [320, 256, 384, 448]}}
-        with staged(target, kind="pyramid", about={"format": 1}) as stage:
-            pyramid = Pyramid(stage, place, about=about)
-            for part in place.tiles(1024):
-                pyramid.write(part, slide.read(part))
-            pyramid.finish()
+        target = painted(slide, tmp_path / "painted.ome.zarr", place)
         said = painted_after(target)
         assert said is not None
+        about = {"synthetic": True, "reference": {"mpp": 0.5, "region": [320, 256, 384, 448]}}
         assert json.loads(json.dumps(said)) == about
         sides = open_sides([slide.path], [target])
         (pair,) = sides.pairs
@@ -189,6 +275,61 @@ class TestSides:
         sides = open_sides([small], [target])
         assert sides.pairs == []
         assert sides.notes == ["painted.ome.zarr: not painted after small.tif, so no pair"]
+
+    def test_a_painting_finds_its_reference_in_any_order(self, slide: Slide, tmp_path: Path) -> None:
+        """Two slides of one size, three paintings, and a copy of a reference under another name."""
+        other = write_pyramid(tmp_path / "other.tif", [slide.read(slide.grid)[::-1]])
+        prints = [slide_fingerprint(path)[:16] for path in (slide.path, other)]
+        assert prints[0] != prints[1]
+        places = [Grid(0.5, top, 256, 384, 384) for top in (320, 330, 340)]
+        follows = (1, 0, 1)
+        paintings = [
+            painted(slide, tmp_path / f"{k}.ome.zarr", places[k], fingerprint=prints[follows[k]]) for k in range(3)
+        ]
+        renamed = tmp_path / "renamed.tif"
+        renamed.write_bytes(slide.path.read_bytes())
+        sides = open_sides([renamed, other], paintings)
+        assert [one.name for one in sides.real] == ["renamed.tif", "other.tif", "other.tif"]
+        assert [(pair.real, pair.synthetic) for pair in sides.pairs] == [(0, 1), (1, 0), (2, 2)]
+        assert [sides.real[pair.real].area for pair in sides.pairs] == [places[pair.synthetic] for pair in sides.pairs]
+        assert sides.notes == []
+        # one that follows neither is no pair, though it is as large as both
+        stranger = painted(slide, tmp_path / "stranger.ome.zarr", places[0], fingerprint="0" * 16)
+        sides = open_sides([other, slide.path], [paintings[0], stranger])
+        assert [(pair.real, pair.synthetic) for pair in sides.pairs] == [(0, 0)]
+        assert [one.area for one in sides.real] == [places[0], slide.grid]
+        assert sides.notes == ["stranger.ome.zarr: painted after none of the real slides, so no pair"]
+        # older ones, and other images, are taken in their order
+        old = painted(slide, tmp_path / "old.ome.zarr", places[1])
+        sides = open_sides([slide.path, other], [old, paintings[0]])
+        assert [(pair.real, pair.synthetic) for pair in sides.pairs] == [(0, 0), (1, 1)]
+
+    def test_a_painting_after_another_pixel_size_is_said(self, slide: Slide, tmp_path: Path) -> None:
+        name = slide_fingerprint(slide.path)[:16]
+        target = painted(slide, tmp_path / "p.ome.zarr", Grid(0.5, 320, 256, 384, 384), fingerprint=name, mpp=0.25)
+        sides = open_sides([slide.path], [target])
+        assert sides.pairs == []
+        said = "p.ome.zarr: painted after tissue.tif with pixels of 0.25 µm, which now has 0.5, so no pair"
+        assert sides.notes[0] == said
+        target = painted(slide, tmp_path / "q.ome.zarr", Grid(0.5, 660, 256, 384, 384), fingerprint=name)
+        assert open_sides([slide.path], [target]).notes == [
+            "q.ome.zarr: painted after more than tissue.tif holds, so no pair"
+        ]
+
+    def test_a_forced_pixel_size_is_for_all_but_paintings(self, slide: Slide, tmp_path: Path) -> None:
+        name = slide_fingerprint(slide.path)[:16]
+        region = Grid(0.25, 200, 180, 640, 640)
+        target = painted(
+            open_slide(slide.path, force_mpp=0.25), tmp_path / "p.ome.zarr", region, fingerprint=name, mpp=0.25
+        )
+        plain = write_ome_zarr(tmp_path / "plain.ome.zarr", [slide.read(slide.grid)], version="0.5")
+        ours, theirs = open_all([target, plain], force_mpp=0.125)
+        assert (ours.mpp, theirs.mpp, theirs.mpp_source) == (0.25, 0.125, "forced")
+        sides = open_sides([slide.path], [target], force_mpp=0.25)
+        assert len(sides.pairs) == 1
+        assert sides.real[0].area.mpp == 0.25
+        assert sides.real[0].slide.mpp_source == "forced"
+        assert open_all([ours, theirs], force_mpp=1.0) == [ours, theirs]  # opened already
 
     def test_what_was_not_painted_by_us_says_nothing(self, slide: Slide, tmp_path: Path) -> None:
         assert painted_after(slide.path) is None

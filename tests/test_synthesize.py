@@ -26,7 +26,7 @@ from PIL import Image
 from wsi_brush import commit, paint
 from wsi_brush.brush import Brush
 from wsi_brush.diffusion import Solver
-from wsi_brush.embed import embed_region
+from wsi_brush.embed import embed_region, slide_fingerprint
 from wsi_brush.encoder import Encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
 from wsi_brush.estimate import painting_seconds
@@ -276,7 +276,7 @@ class TestSlide:
         assert commit.verify(painted) == []
         assert not [path for path in painted.parent.iterdir() if path.name.startswith(commit.STAGE)]
 
-    def test_every_level_says_what_made_it(self, painted: Path, brush: Brush) -> None:
+    def test_every_level_says_what_made_it(self, painted: Path, marked_slide: Path, brush: Brush) -> None:
         root = zarr.open_group(painted, mode="r")
         levels = [root[str(number)] for number in range(3)]  # 517, 259 and 130 pixels wide
         assert not (painted / "3").exists()
@@ -287,7 +287,8 @@ class TestSlide:
             assert about["brush_sha256"] == brush.sha256
             assert (about["encoder"], about["encoder_fingerprint"]) == (ENCODER.name, ENCODER.fingerprint)
             assert {"wsi-brush", "torch", "numpy"} <= set(about["versions"])
-            assert about["reference"] == {"mpp": 0.5, "mpp_source": "openslide.mpp-x", "region": [300, 280, 333, 517]}
+            reference = {"mpp": 0.5, "mpp_source": "openslide.mpp-x", "region": [300, 280, 333, 517]}
+            assert about["reference"] == reference | {"fingerprint": slide_fingerprint(marked_slide)[:16]}
 
     def test_nothing_of_the_patient_is_in_it(self, painted: Path, marked_slide: Path) -> None:
         """Neither from the header nor from the file's name, in any file nor in any file's name."""

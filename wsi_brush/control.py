@@ -5,67 +5,90 @@ In any encoder; also in `Descriptor`, plain figures of colour and texture that n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .distances import Vectors, interval
+from .distances import Groups, Vectors
 from .embed import TileEncoder
+from .likeness import Rows, bounded, number
 from .progress import Tell, Told
-from .samples import Codec, Field, Sides, Spot, blocks, read_spots, spots_of
-from .texture import descriptor
+from .samples import Codec, Field, Sides, Spot, blocks, by_tile, elsewhere, embed_spots, read_spots, spots_of
+from .texture import DESCRIPTOR, descriptor
 
 _PLACE = 512  # µm: regions among which the own reference is looked for
+_APART, _LEAST = 16, 8  # tiles: of fewer, they may overlap; of fewer still, nothing is said
 
 
 def control(
     sides: Sides, encoders: Sequence[TileEncoder], codec: Codec, scales: Sequence[float], *, most: int, seed: int,
     tell: Tell | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """How near a painting comes to the tile that it follows, and whether its reference is found among all."""
-    found: dict[str, Any] = {}
-    for encoder in encoders:
-        by_scale = {f"{mpp:g}": _matched(sides, encoder, codec, mpp, most, seed, tell) for mpp in scales}
-        found[encoder.name] = {"cosine": by_scale, "retrieval": _retrieval(sides, encoder, codec, scales[0])}
+    """How near a painting comes to the tile that it follows, and whether its reference is found among all.
+
+    Raises:
+        SlideError: if a slide cannot be read, or an embedding is not finite.
+    """
+    found: dict[str, Any] = {encoder.name: {"cosine": {}} for encoder in encoders}
+    for alike in by_tile(encoders):
+        for mpp in scales:
+            for encoder, said in zip(alike, _matched(sides, alike, codec, mpp, most, seed, tell), strict=True):
+                found[encoder.name]["cosine"][f"{mpp:g}"] = said
+        for encoder, said in zip(alike, _retrieval(sides, alike, codec, scales[0], tell), strict=True):
+            found[encoder.name]["retrieval"] = said
     return found
 
 
 def _matched(
-    sides: Sides, encoder: TileEncoder, codec: Codec, mpp: float, most: int, seed: int, tell: Tell | None
-) -> dict[str, Any]:
+    sides: Sides, encoders: Sequence[TileEncoder], codec: Codec, mpp: float, most: int, seed: int, tell: Tell | None
+) -> list[dict[str, Any]]:
+    """Of each encoder: cosine of tiles with their own real ones (mean), with real ones elsewhere, and of the real ones
+    with those elsewhere (chance)."""
     # where the reference has tissue, whatever was painted there
-    by_field = {pair.real: pair for pair in sides.pairs}
-    theirs = spots_of(sides.real, mpp, encoder.tile, stride=1.0, most=most, seed=seed)
-    theirs = [spot for spot in theirs if spot.field in by_field]
-    spots = [Spot(by_field[spot.field].synthetic, by_field[spot.field].here(spot.grid)) for spot in theirs]
-    if len(spots) < 2:
-        return {"n": len(spots), "missing": "fewer than 2 tiles with tissue"}
-    told = Told(tell, f"comparing at {mpp:g} µm", len(spots))
-    vectors: list[list[NDArray[np.float32]]] = [[], []]
-    for ours, real in zip(
-        read_spots(sides.synthetic, spots, codec), read_spots(sides.real, theirs, codec), strict=True
-    ):
-        vectors[0].append(encoder(ours))
-        vectors[1].append(encoder(real))
-        told.add(len(ours))
-    both = _standard(*(np.concatenate(side).astype(np.float64) for side in vectors))
-    cosine = (both[0] * both[1]).sum(1)
-    other = (both[0] * np.roll(both[1], len(spots) // 2, axis=0)).sum(1)
-    numbers = blocks(sides.real, theirs)
-    low, high = interval(lambda one, _: one.mean(), cosine, cosine, draws=200, seed=seed, groups=(numbers, numbers))
-    worst = np.argsort(cosine)[:8]
-    return {
-        "n": len(spots), "mean": round(float(cosine.mean()), 4),
-        "low": round(float(low), 4), "high": round(float(high), 4), "blocks": len(np.unique(numbers)),
-        "elsewhere": round(float(other.mean()), 4),
-        "worst": [
-            {"cosine": round(float(cosine[k]), 4), "synthetic": spots[k].field, "real": theirs[k].field,
+    references, tile = [sides.real[pair.real] for pair in sides.pairs], encoders[0].tile
+    found = spots_of(references, mpp, tile, stride=1.0, most=most, seed=seed)
+    if len(found) < _APART:
+        found = spots_of(references, mpp, tile, stride=0.5, most=most, seed=seed)
+    if len(found) < _LEAST:
+        few = f"{len(found)} tiles of {tile * mpp:g} µm with tissue; {_LEAST} are needed"
+        return [{"n": len(found), "missing": few}] * len(encoders)
+    theirs = [Spot(sides.pairs[number].real, grid) for number, grid in found]
+    spots = [Spot(sides.pairs[number].synthetic, sides.pairs[number].here(grid)) for number, grid in found]
+    told, groups = Told(tell, f"comparing at {mpp:g} µm", 2 * len(spots)), blocks(sides.real, theirs)
+    vectors = [
+        embed_spots(fields, mine, encoders, codec, told)
+        for fields, mine in ((sides.synthetic, spots), (sides.real, theirs))
+    ]
+    others = np.array(elsewhere(sides.real, theirs, seed=seed))
+    some, figures = others >= 0, []
+    for pair in zip(*vectors, strict=True):
+        ours, real = _standard(*pair)
+        cosine, other, chance = (
+            (one * another).sum(1) for one, another in ((ours, real), (ours, real[others]), (real, real[others]))
+        )
+        said: dict[str, Any] = {"n": len(spots), "seed": seed, "blocks": len(np.unique(groups))}
+        said |= _mean("mean", cosine, groups, seed)
+        for name, values in (("elsewhere", other), ("chance", chance)):
+            said |= _mean(name, values[some], groups[some], seed)
+        said["worst"] = [
+            {"cosine": number(cosine[k]), "synthetic": spots[k].field, "real": theirs[k].field,
              "place": [spots[k].grid.top, spots[k].grid.left], "there": [theirs[k].grid.top, theirs[k].grid.left]}
-            for k in worst
-        ],
-    }  # fmt: skip
+            for k in np.argsort(cosine)[:8]
+        ]  # fmt: skip
+        figures.append(said)
+    return figures
+
+
+def _mean(name: str, cosine: Vectors, groups: Groups, seed: int) -> dict[str, float | None]:
+    """A mean and its interval; of nothing None."""
+    before, rows = "" if name == "mean" else f"{name}_", Rows(cosine, groups)
+    if not len(cosine):
+        return {name: None, f"{before}low": None, f"{before}high": None}
+    (mean,), ((low,), (high,)) = bounded(lambda one, _: one.mean(), (rows, rows), seed=seed, draws=200)
+    return {name: number(mean), f"{before}low": number(low, (-1, 1)), f"{before}high": number(high, (-1, 1))}
 
 
 def _standard(ours: Vectors, real: Vectors) -> tuple[Vectors, Vectors]:
@@ -76,39 +99,70 @@ def _standard(ours: Vectors, real: Vectors) -> tuple[Vectors, Vectors]:
     return ours, real
 
 
-def _retrieval(sides: Sides, encoder: TileEncoder, codec: Codec, mpp: float) -> dict[str, Any]:
-    """Regions of 512 µm, each the mean of its tiles: is the nearest real one the own reference?"""
-    per = max(1, round(_PLACE / mpp / encoder.tile))
-    side = per * encoder.tile
+def _retrieval(
+    sides: Sides, encoders: Sequence[TileEncoder], codec: Codec, mpp: float, tell: Tell | None
+) -> list[dict[str, Any]]:
+    """Regions of 512 µm, each the mean of its tiles: is the nearest real one the own reference? (`top1`, `top5`)
+
+    `real`: how often the mean of half of a real region's tiles finds that of the other half.
+    """
+    tile = encoders[0].tile
+    per = max(1, round(_PLACE / mpp / tile))
     ours, theirs = [], []
     for pair in sides.pairs:
-        for spot in spots_of([sides.real[pair.real]], mpp, side, stride=1.0, most=64):
+        for spot in spots_of([sides.real[pair.real]], mpp, per * tile, stride=1.0, most=64):
             ours.append(Spot(pair.synthetic, pair.here(spot.grid)))
             theirs.append(Spot(pair.real, spot.grid))
     if len(ours) < 4:
-        return {"regions": len(ours), "missing": "fewer than 4 regions"}
+        return [{"regions": len(ours), "missing": "fewer than 4 regions"}] * len(encoders)
+    told, step = Told(tell, "looking for the own reference", 2 * len(ours)), max(1, per // 4)
 
-    def means(fields: Sequence[Field], spots: Sequence[Spot]) -> Vectors:
-        found = []
+    def embedded(fields: Sequence[Field], spots: Sequence[Spot]) -> list[Vectors]:
+        """Of each encoder (n, tiles of a region, dim); of many tiles, 4 x 4 or a few more that are spread evenly."""
+        found: list[list[Vectors]] = [[] for _ in encoders]
         for (region,) in read_spots(fields, spots, codec, batch=1):
-            tiles = region.reshape(per, encoder.tile, per, encoder.tile, 3).swapaxes(1, 2)
-            tiles = tiles.reshape(-1, encoder.tile, encoder.tile, 3)[:: max(1, per * per // 16)]
-            found.append(encoder(np.ascontiguousarray(tiles)).astype(np.float64).mean(0))
-        return np.stack(found)
+            tiles = region.reshape(per, tile, per, tile, 3).swapaxes(1, 2)[::step, ::step]
+            tiles = np.ascontiguousarray(tiles.reshape(-1, tile, tile, 3))
+            for encoder, vectors in zip(encoders, found, strict=True):
+                vectors.append(encoder(tiles).astype(np.float64))
+            told.add()
+        return [np.stack(vectors) for vectors in found]
 
-    one, other = _standard(means(sides.synthetic, ours), means(sides.real, theirs))
+    return [
+        {"regions": len(ours), "side": per * tile * mpp, "chance": round(1 / len(ours), 4)} | _ranked(*pair)
+        for pair in zip(embedded(sides.synthetic, ours), embedded(sides.real, theirs), strict=True)
+    ]
+
+
+def _ranked(ours: Vectors, real: Vectors) -> dict[str, Any]:
+    first, side = _ranks(ours.mean(1), real.mean(1)), math.isqrt(real.shape[1])
+    found = _share("top1", first < 1) | _share("top5", first < 5)
+    if side > 1:
+        black = np.indices((side, side)).sum(0).ravel() % 2 == 0  # of a chessboard of tiles
+        found |= _share("real", _ranks(real[:, black].mean(1), real[:, ~black].mean(1)) < 1)
+    return found
+
+
+def _ranks(ours: Vectors, real: Vectors) -> NDArray[np.int_]:
+    """How many others are nearer than the own one."""
+    one, other = _standard(ours, real)
     scores = one @ other.T
-    ranks = (scores > scores.diagonal()[:, None]).sum(1)
-    return {
-        "regions": len(ours), "side": side * mpp, "top1": round(float((ranks < 1).mean()), 4),
-        "top5": round(float((ranks < 5).mean()), 4), "chance": round(1 / len(ours), 4),
-    }  # fmt: skip
+    return np.asarray((scores > scores.diagonal()[:, None]).sum(1))
+
+
+def _share(name: str, hits: NDArray[np.bool_]) -> dict[str, float | None]:
+    """How many there are of all, and its interval after Clopper & Pearson (1934): a bootstrap of what is always, or
+    never, so has none."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95)
+    return {name: number(hits.mean()), f"{name}_low": number(low), f"{name}_high": number(high)}
 
 
 class Descriptor:
     """`texture.descriptor` as an encoder: colours and octaves, which no brush is conditioned on."""
 
-    name, dim, tile, fingerprint = "descriptor", 24, 128, "descriptor-1"
+    name, dim, tile, fingerprint = "descriptor", DESCRIPTOR, 128, "descriptor-1"
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(n, tile, tile, 3) -> (n, 24)."""

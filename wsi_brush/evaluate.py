@@ -6,75 +6,79 @@ Both sides go through one codec first; what each figure has beside it, README sa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
+from .borders import crops, gradients
 from .control import Descriptor, control
 from .embed import TileEncoder
 from .errors import UsageError
-from .likeness import borders, distribution, see, texture
+from .likeness import distribution, see, texture
 from .progress import Tell
-from .samples import Codec, Field, Sides, open_sides, shows
+from .samples import Codec, Field, Sides, shows
 
 SCALES = (0.5, 2.0, 8.0)
 """µm per pixel: detail, tissue, layout."""
 
 
-class Opened(Protocol):
-    """Called with the figures when they are all there."""
-
-    def __call__(self, sides: Sides, figures: dict[str, Any]) -> None: ...
+def check_encoders(encoders: Sequence[TileEncoder]) -> None:
+    """Raises:
+    UsageError: if two have one name, under which each has its figures.
+    """
+    for name, times in Counter(one.name for one in (*encoders, Descriptor())).items():
+        if times > 1:
+            raise UsageError(f"--encoder {name}: a second one of that name; give each once, under a name of its own")
 
 
 def evaluate_slides(
-    real: Iterable[Path | str], synthetic: Iterable[Path | str], *, encoder: TileEncoder, codec: str = "jpeg:90",
-    assume_mpp: float | None = None, most: int = 1536, seed: int = 0, tell: Tell | None = None,
-    then: Opened | None = None,
+    sides: Sides, *, encoders: Sequence[TileEncoder], codec: str = "jpeg:90", most: int = 1536, seed: int = 0,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """All figures of two sides, ready for JSON; see README, "Evaluate", for what each means.
+    """All figures of two sides (`samples.open_sides`), ready for JSON; see README, "Evaluate", for what each means.
 
-    `most`: tiles of a side and scale that are looked at; `then` has them and the slides at the end (`report`).
+    `most`: tiles of a side and scale that are looked at.
 
     Raises:
-        SlideError, PixelSizeError: if a slide cannot be read, or holds no tissue.
-        UsageError: if a folder is empty, the codec unknown, or a side has no scale in common with the other.
+        SlideError: if a slide cannot be read.
+        UsageError: if the codec is unknown, two encoders have one name, or the sides have no scale in common.
     """
     start, one_codec = time.monotonic(), Codec(codec)
-    sides = open_sides(real, synthetic, assume_mpp=assume_mpp, tell=tell)
-    scales = [mpp for mpp in SCALES if all(shows(one, mpp) for one in (*sides.real, *sides.synthetic))]
+    check_encoders(encoders)
+    both, notes = (*sides.real, *sides.synthetic), list(sides.notes)
+    scales = [mpp for mpp in SCALES if all(shows(one, mpp) for one in both)]
     if not scales:
         raise UsageError(f"no slide has pixels of {SCALES[-1]:g} µm or less on both sides; nothing can be compared")
     left_out = [mpp for mpp in SCALES if mpp not in scales]
     if left_out:
-        sides.notes.append(f"not at {', '.join(f'{mpp:g}' for mpp in left_out)} µm, which not every slide shows")
-    if any(made.get("encoder_fingerprint") == encoder.fingerprint for made in sides.brushes):
-        sides.notes.append(
-            f"encoder {encoder.name} is the one that the brush was conditioned on: distances in its space flatter the "
-            "brush; give another --encoder beside it"
-        )
-    finest = max(SCALES[0], *(one.slide.mpp for one in (*sides.real, *sides.synthetic)))
+        notes.append(f"not at {', '.join(f'{mpp:g}' for mpp in left_out)} µm, which not every slide shows")
+    for encoder in encoders:
+        if any(made.get("encoder_fingerprint") == encoder.fingerprint for made in sides.brushes):
+            notes.append(
+                f"encoder {encoder.name} is the one that the brush was conditioned on: distances in its space flatter "
+                f"the brush; {'give' if len(encoders) == 1 else 'look at'} another --encoder beside it"
+            )
+    finest = max(SCALES[0], *(one.slide.mpp for one in both))
     figures: dict[str, Any] = {
-        "format": 1, "wsi_brush": __version__, "seed": seed, "codec": one_codec.word, "most": most,
-        "encoder": {"name": encoder.name, "fingerprint": encoder.fingerprint, "dim": encoder.dim,
-                    "tile": encoder.tile},
+        "format": 2, "wsi_brush": __version__, "seed": seed, "codec": one_codec.word, "most": most,
+        "encoders": [{"name": one.name, "fingerprint": one.fingerprint, "dim": one.dim, "tile": one.tile}
+                     for one in encoders],
         "real": [_said(one) for one in sides.real], "synthetic": [_said(one) for one in sides.synthetic],
-        "scales": {},
+        "scales": {one.name: {} for one in encoders},
     }  # fmt: skip
     for mpp in scales:
-        seen = see(sides, mpp, encoder, one_codec, most=most, seed=seed, tell=tell)
-        figures["scales"][f"{mpp:g}"] = distribution(sides, seen, seed=seed)
+        every = see(sides, mpp, encoders, one_codec, most=most, seed=seed, tell=tell)
+        for encoder, seen in zip(encoders, every, strict=True):
+            figures["scales"][encoder.name][f"{mpp:g}"] = distribution(sides, seen, seed=seed)
     figures["texture"] = texture(sides, one_codec, mpp=finest, seed=seed, tell=tell)
-    figures["seams"] = borders(sides, one_codec)
+    figures["seams"] = gradients(sides, one_codec, seed=seed)
+    figures["borders"] = crops(sides, encoders, one_codec, most=most, seed=seed, tell=tell)
     figures["control"] = (
-        control(sides, [encoder, Descriptor()], one_codec, scales, most=min(most, 256), seed=seed, tell=tell)
+        control(sides, [*encoders, Descriptor()], one_codec, scales, most=min(most, 256), seed=seed, tell=tell)
         if sides.pairs else None
     )  # fmt: skip
-    figures["notes"], figures["seconds"] = sides.notes, round(time.monotonic() - start, 1)
-    if then is not None:
-        then(sides, figures)
-    return figures
+    return figures | {"notes": notes, "seconds": round(time.monotonic() - start, 1)}
 
 
 def _said(one: Field) -> dict[str, Any]:

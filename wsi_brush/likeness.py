@@ -1,54 +1,77 @@
-"""How like two sides are: distances of their tiles in an encoder's space, their spectrum, stain and nuclei, seams.
+"""How like two sides are: distances of their tiles in an encoder's space, their spectrum, stain and nuclei.
 
-A figure of a distribution stands beside its floor, the same figure between two real halves that share no pixel, at the
-same number of tiles; both have a bootstrap interval over blocks of neighbouring tiles where there are blocks enough.
+A figure stands beside its floor, the same figure between two real halves that share no pixel, at the same number of
+tiles where that number moves it; both have a bootstrap interval over blocks of neighbouring tiles, or over windows of
+that size, where there are enough of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .distances import Groups, Overlap, Vectors, frechet, interval, kernel_distance, overlap
 from .embed import TileEncoder
-from .errors import SlideError
-from .grid import Grid
 from .progress import Tell, Told
-from .samples import Codec, Sides, Spot, blocks, halves, read_spots, spots_of
-from .texture import Nuclei, densities, find_nuclei, nuclear_threshold, octaves, seams, stain_distance
+from .samples import Codec, Field, Sides, Spot, blocks, by_tile, embed_spots, halves, read_spots, spots_of
+from .texture import densities, find_nuclei, nuclear_threshold, octaves, stain_distance
 
 _WINDOW, _WINDOWS, _OCTAVES = 512, 48, 6  # pixels, and how many, for spectrum, stain and nuclei
 _SHARP = 1.0  # µm: the coarsest pitch at which nuclei are looked for
-_SEAM = 4096  # pixels a side that are searched for seams at most
-_LIMITS = {"frechet": (0.0, math.inf), "kernel": (-math.inf, math.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0),
-           "density": (0.0, math.inf), "coverage": (0.0, 1.0)}  # fmt: skip
-_FEW = 8  # blocks of tiles; of fewer, no interval is drawn
+_PIXELS = 1000  # of a window, for stain
+_LIMITS = {"kernel": (-math.inf, math.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0), "coverage": (0.0, 1.0)}
+_FEW = 8  # blocks; of fewer, no interval is drawn
+_LEAST, _NEIGHBOURS = 8, 20  # tiles a half, without which nothing is said, and nothing of neighbourhoods
+
+
+class Rows(NamedTuple):
+    """A sample: what figures are made of, one row a tile or window, and which rows are drawn together."""
+
+    values: NDArray[Any]
+    groups: Groups
+
+
+Samples = Mapping[str, tuple[Rows, Rows] | None]
+"""What a figure is of: `value`, the two sides; `floor`, two real halves, and whatever else stands beside it."""
 
 
 def measured(
-    names: Sequence[str], figure: Callable[[Vectors, Vectors], Any], first: Vectors, second: Vectors, other: Vectors, *,
-    groups: tuple[Groups, Groups, Groups], seed: int, draws: int = 100,
-) -> dict[str, dict[str, float | None]]:  # fmt: skip
-    """Figures between a real half and the synthetic side, and between the real halves, each with its interval."""
-    found: dict[str, dict[str, float | None]] = {name: {} for name in names}
-    for start, one, mine in (("", other, groups[2]), ("floor", second, groups[1])):
-        values = np.atleast_1d(figure(first, one))
-        edges: Any = [[None] * len(names)] * 2
-        if min(len(np.unique(ids)) for ids in (groups[0], mine)) >= _FEW:
-            edges = interval(figure, first, one, seed=seed, draws=draws, groups=(groups[0], mine))
-        for name, value, low, high in zip(names, values, *map(np.atleast_1d, edges), strict=True):
-            before = f"{start}_" if start else ""
-            found[name] |= {start or "value": _number(value)}
-            found[name] |= {f"{before}{k}": _number(v, _LIMITS[name]) for k, v in (("low", low), ("high", high))}
-    return found
+    names: Sequence[Any], figure: Callable[[Any, Any], Any], samples: Samples, *, seed: int, draws: int = 100
+) -> dict[Any, dict[str, Any]]:
+    """Figures of each pair of samples with their intervals: by name value, low, high, floor, floor_low, floor_high, ...
+    (None where there is none), n (rows of the two sides) and seed."""
+    found: dict[Any, dict[str, Any]] = {name: {} for name in names}
+    for start, pair in samples.items():
+        nothing = [None] * len(names)
+        values, edges = (nothing, [nothing] * 2) if pair is None else bounded(figure, pair, seed=seed, draws=draws)
+        before = "" if start == "value" else f"{start}_"
+        for name, value, low, high in zip(names, values, *edges, strict=True):
+            limits = _LIMITS.get(name, (0.0, math.inf))
+            found[name] |= {start: number(value)}
+            found[name] |= {f"{before}{k}": number(v, limits) for k, v in (("low", low), ("high", high))}
+    about = {"n": [len(one.values) for one in samples["value"] or ()], "seed": seed}
+    return {name: one | about for name, one in found.items()}
 
 
-def _number(value: Any, limits: tuple[float, float] = (-math.inf, math.inf)) -> float | None:
+def bounded(figure: Callable[[Any, Any], Any], sample: tuple[Rows, Rows], *, seed: int, draws: int = 100) -> Any:
+    """Figures of two samples, (k,), and their interval, (2, k); None for both edges where there are too few groups."""
+    one, other = sample
+    with np.errstate(divide="ignore", invalid="ignore"):  # a side may have nothing of an octave
+        values = np.atleast_1d(figure(one.values, other.values))
+        if not draws or min(len(np.unique(rows.groups)) for rows in sample) < _FEW:
+            return values, [[None] * len(values)] * 2
+        groups = one.groups, other.groups
+        edges = interval(figure, one.values, other.values, seed=seed, draws=draws, groups=groups)
+    return values, [*map(np.atleast_1d, edges)]
+
+
+def number(value: Any, limits: tuple[float, float] = (-math.inf, math.inf)) -> float | None:
     """Six digits of a number, for JSON; None where there is none."""
     if value is None or not math.isfinite(value):
         return None
@@ -65,28 +88,23 @@ class Seen:
 
 
 def see(
-    sides: Sides, mpp: float, encoder: TileEncoder, codec: Codec, *, most: int, seed: int, tell: Tell | None = None
-) -> Seen:
-    """Embed the tiles of both sides at one pitch.
+    sides: Sides, mpp: float, encoders: Sequence[TileEncoder], codec: Codec, *, most: int, seed: int,
+    tell: Tell | None = None, words: str = "embedding",
+) -> list[Seen]:  # fmt: skip
+    """Embed the tiles of both sides at one pitch, in each encoder; `words` are for `tell`.
 
     Raises:
         SlideError: if an embedding is not finite.
     """
-    both = (sides.real, sides.synthetic)
-    spots = tuple(spots_of(fields, mpp, encoder.tile, most=most, seed=seed) for fields in both)
-    told, found = Told(tell, f"embedding at {mpp:g} µm", sum(map(len, spots))), []
-    for fields, mine in zip(both, spots, strict=True):
-        vectors = np.zeros((len(mine), encoder.dim))
-        done = 0
-        for tiles in read_spots(fields, mine, codec):
-            vectors[done : done + len(tiles)] = encoder(tiles)
-            if not np.isfinite(vectors[done : done + len(tiles)]).all():
-                name = fields[mine[done].field].slide.path
-                raise SlideError(f"{name}: encoder {encoder.name} gives numbers that are not finite at {mpp:g} µm")
-            done += len(tiles)
-            told.add(len(tiles))
-        found.append(vectors)
-    return Seen((spots[0], spots[1]), (found[0], found[1]), halves(sides.real, spots[0]))
+    found: dict[str, Seen] = {}
+    for alike in by_tile(encoders):
+        tile, both = alike[0].tile, (sides.real, sides.synthetic)
+        real, synthetic = (spots_of(fields, mpp, tile, most=most, seed=seed) for fields in both)
+        told, parts = Told(tell, f"{words} at {mpp:g} µm", len(real) + len(synthetic)), halves(sides.real, real)
+        vectors = [embed_spots(f, s, alike, codec, told) for f, s in zip(both, (real, synthetic), strict=True)]
+        for encoder, one, other in zip(alike, *vectors, strict=True):
+            found[encoder.name] = Seen((real, synthetic), (one, other), parts)
+    return [found[encoder.name] for encoder in encoders]
 
 
 def distribution(sides: Sides, seen: Seen, *, seed: int) -> dict[str, Any]:
@@ -96,140 +114,162 @@ def distribution(sides: Sides, seen: Seen, *, seed: int) -> dict[str, Any]:
     does; where nothing is paired, with any.
     """
     first, second = seen.parts
-    theirs = _beside_second(sides, seen)
+    theirs = _beside_second(sides, seen.spots[1])
     count = min(len(first), len(second), len(theirs))
     found: dict[str, Any] = {"real": len(seen.vectors[0]), "synthetic": len(seen.vectors[1]), "n": count}
-    dim = seen.vectors[0].shape[1]
-    if count < 8:
-        return found | {"missing": f"{count} tiles a half; at least 8 are needed"}
-    rows = [  # by one seed: where both sides have the same places, the same are drawn
-        np.sort(np.random.default_rng(seed).choice(np.asarray(part), count, replace=False))
-        for part in (first, second, theirs)
-    ]
-    sets = seen.vectors[0][rows[0]], seen.vectors[0][rows[1]], seen.vectors[1][rows[2]]
+    if count < _LEAST:
+        side = f" of {seen.spots[0][0].grid.height * seen.spots[0][0].grid.mpp:g} µm" if seen.spots[0] else ""
+        return found | {
+            "missing": f"{count} tiles{side} in a half; {_LEAST} are needed: give larger regions, or more pairs"
+        }
     numbers = blocks(sides.real, seen.spots[0]), blocks(sides.synthetic, seen.spots[1])
-    groups = numbers[0][rows[0]], numbers[0][rows[1]], numbers[1][rows[2]]
-    said = partial(measured, first=sets[0], second=sets[1], other=sets[2], groups=groups, seed=seed)
-    if count >= 1.25 * dim:
-        found |= said(["frechet"], frechet)
-    else:
-        found["frechet"] = {"missing": f"{count} tiles of {dim} numbers have no covariance; see the kernel distance"}
-    return found | said(["kernel"], kernel_distance) | said(list(Overlap._fields), _overlap)
+    rows = []
+    for which, part in ((0, first), (0, second), (1, theirs)):
+        # by one seed: where both sides have the same places, the same are drawn
+        drawn = np.sort(np.random.default_rng(seed).choice(np.asarray(part), count, replace=False))
+        rows.append(Rows(seen.vectors[which][drawn], numbers[which][drawn]))
+    samples, names = {"value": (rows[0], rows[2]), "floor": (rows[0], rows[1])}, list(Overlap._fields)
+    found |= compared(samples, seed=seed)
+    if count < _NEIGHBOURS:
+        few = {"missing": f"{count} tiles have no neighbourhoods; {_NEIGHBOURS} are needed"}
+        return found | dict.fromkeys(names, few)
+    return found | measured(names, overlap, samples, seed=seed)
 
 
-def _overlap(real: Vectors, other: Vectors) -> Vectors:
-    return np.array(overlap(real, other))
+def compared(samples: Samples, *, seed: int) -> dict[str, Any]:
+    """Fréchet and kernel distance of vectors; in place of the former, why not, where they have no covariance."""
+    sets = [one.values for pair in samples.values() for one in pair or ()]
+    count, dim = min(map(len, sets)), sets[0].shape[1]
+    few = {"missing": f"{count} tiles of {dim} numbers have no covariance; see the kernel distance"}
+    found = measured(["frechet"], frechet, samples, seed=seed) if count >= 1.25 * dim else {"frechet": few}
+    return found | measured(["kernel"], kernel_distance, samples, seed=seed)
 
 
-def _beside_second(sides: Sides, seen: Seen) -> list[int]:
+def _beside_second(sides: Sides, spots: list[Spot]) -> list[int]:
     """The synthetic spots, by number, whose places on the real slides lie in the second half."""
     if len(sides.pairs) < len(sides.synthetic):
-        return list(range(len(seen.spots[1])))
+        return list(range(len(spots)))
     by_field = {pair.synthetic: pair for pair in sides.pairs}
-    places = [Spot(by_field[spot.field].real, by_field[spot.field].there(spot.grid)) for spot in seen.spots[1]]
+    places = [Spot(by_field[spot.field].real, by_field[spot.field].there(spot.grid)) for spot in spots]
     return halves(sides.real, places)[1]
 
 
 # -- what needs no network -----------------------------------------------------------------------------
 
 
+class _Windows(NamedTuple):
+    """Of the windows of a side, (n, ...): what each octave holds, optical densities of some pixels, nuclei; groups."""
+
+    octaves: Vectors
+    stain: NDArray[np.float32]
+    nuclei: NDArray[Any]
+    groups: Groups
+
+    def rows(self, name: str, part: Any = slice(None)) -> Rows:
+        return Rows(getattr(self, name)[part], self.groups[part])
+
+
 def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | None = None) -> dict[str, Any]:
-    """Spectrum, stain and nuclei of windows at one pitch; nuclei only where it is fine enough to see them."""
+    """Spectrum, stain and nuclei of windows at one pitch; nuclei only where it is fine enough to see them.
+
+    A distance is the larger the fewer windows it is of, so those are between halves and at equal numbers, as those of
+    tiles are; ratios are of all windows.
+    """
     both = (sides.real, sides.synthetic)
-    spots = tuple(spots_of(fields, mpp, _WINDOW, stride=1.0, most=_WINDOWS, seed=seed) for fields in both)
-    if min(map(len, spots)) < 4:
+    real, synthetic = (spots_of(f, mpp, _WINDOW, stride=1.0, most=_WINDOWS, seed=seed) for f in both)
+    if min(len(real), len(synthetic)) < 4:
         return {"missing": f"fewer than 4 windows of {_WINDOW} pixels with tissue at {mpp:g} µm"}
-    windows = [np.concatenate(list(read_spots(f, s, codec))) for f, s in zip(both, spots, strict=True)]
-    random, told = np.random.default_rng(seed), Told(tell, "looking at texture", sum(map(len, spots)))
-    sharp = mpp <= _SHARP
-    threshold = nuclear_threshold(list(windows[0]), mpp) if sharp else math.nan
-    nuclei: list[list[Nuclei]] = []
-    spectra, colours = [], []
-    for side in windows:
-        nuclei.append([])
-        for window in side:
-            if sharp:
-                nuclei[-1].append(find_nuclei(window, mpp, threshold))
-            told.add()
-        spectra.append(np.stack([octaves(window, _OCTAVES) for window in side]))
-        pixels = densities(side).reshape(len(side), -1, 3)
-        colours.append(pixels[:, random.choice(pixels.shape[1], 2000, replace=False)])
-    first, second = (list(range(start, len(spots[0]), 2)) for start in (0, 1))  # windows share no pixel
-    count = min(len(first), len(second), len(spots[1]))
-    some = [random.permutation(part)[:count] for part in (first, second, range(len(spots[1])))]
-    stain = [colours[side][part].reshape(-1, 3) for side, part in zip((0, 0, 1), some, strict=True)]
+    told, threshold = Told(tell, "looking at texture", len(real) + len(synthetic)), math.nan
+    windows: list[_Windows] = []
+    for fields, spots in zip(both, (real, synthetic), strict=True):
+        pixels = np.concatenate(list(read_spots(fields, spots, codec)))
+        if mpp <= _SHARP and not windows:
+            threshold = nuclear_threshold(list(pixels), mpp)
+        windows.append(_looked_at(fields, spots, pixels, mpp, threshold, seed, told))
+    parts = [*halves(sides.real, real), _beside_second(sides, synthetic)]
+    count, random = min(map(len, parts)), np.random.default_rng(seed)
+    drawn = [np.sort(random.choice(np.asarray(part, np.intp), count, replace=False)) for part in parts]
+    said = partial(_beside, windows, parts=drawn, seed=seed)
     return {
-        "mpp": mpp, "window": _WINDOW, "real": len(spots[0]), "synthetic": len(spots[1]),
-        "octaves": _spectrum(spectra[0], spectra[1], first, second, mpp, seed),
-        "stain": {
-            "channels": ["red", "green", "blue"],
-            "windows": count,
-            "distance": stain_distance(stain[0], stain[2]).round(4).tolist(),
-            "floor": stain_distance(stain[0], stain[1]).round(4).tolist(),
-            "mean": [side.mean((0, 1), dtype=np.float64).round(4).tolist() for side in colours],
-        },
-        "nuclei": _nuclei(nuclei[0], nuclei[1], seed) if sharp else {"missing": f"not to be seen at {mpp:g} µm"},
+        "mpp": mpp, "window": _WINDOW, "real": len(real), "synthetic": len(synthetic), "n": count,
+        "octaves": {"wavelength": [round(2 * mpp * 2**k, 3) for k in range(_OCTAVES)]}  # µm, the shortest of each
+        | _listed("ratio", said("octaves", range(_OCTAVES), lambda a, b: b.mean(0) / a.mean(0), whole=True)),
+        "stain": {"channels": ["red", "green", "blue"], "windows": count}
+        | _listed("distance", said("stain", range(3), _stain))
+        | {"mean": [one.stain.mean((0, 1), dtype=np.float64).round(4).tolist() for one in windows]},
+        "nuclei": _nuclei(windows, said, seed) if mpp <= _SHARP else {"missing": f"not to be seen at {mpp:g} µm"},
     }  # fmt: skip
 
 
-def _spectrum(
-    real: Vectors, synthetic: Vectors, first: list[int], second: list[int], mpp: float, seed: int
-) -> dict[str, Any]:
-    random = np.random.default_rng(seed)
-
-    def drawn(side: Vectors) -> Vectors:
-        return np.stack([side[random.integers(len(side), size=len(side))].mean(0) for _ in range(200)])
-
-    with np.errstate(divide="ignore", invalid="ignore"):  # a side may have nothing of an octave
-        ratio = synthetic.mean(0) / real.mean(0)
-        low, high = np.quantile(drawn(synthetic) / drawn(real), [0.025, 0.975], axis=0)
-        floor = real[first].mean(0) / real[second].mean(0)
-    return {
-        "wavelength": [round(2 * mpp * 2**k, 3) for k in range(_OCTAVES)],  # µm, the shortest of the octave
-        "ratio": [*map(_number, ratio)], "low": [*map(_number, low)], "high": [*map(_number, high)],
-        "floor": [*map(_number, floor)],
-    }  # fmt: skip
+def _looked_at(
+    fields: Sequence[Field], spots: list[Spot], pixels: NDArray[np.uint8], mpp: float, threshold: float, seed: int,
+    told: Told,
+) -> _Windows:  # fmt: skip
+    random, spectra, colours = np.random.default_rng(seed), [], []
+    nuclei = np.empty(len(spots), object)
+    for number, window in enumerate(pixels):
+        spectra.append(octaves(window, _OCTAVES))
+        colours.append(random.permutation(densities(window).reshape(-1, 3))[:_PIXELS])
+        if math.isfinite(threshold):
+            nuclei[number] = find_nuclei(window, mpp, threshold)
+        told.add()
+    # a window is as large as a block of tiles at the same pitch, and shares no pixel with another
+    return _Windows(np.stack(spectra), np.stack(colours), nuclei, blocks(fields, spots, wide=1))
 
 
-def _nuclei(real: list[Nuclei], synthetic: list[Nuclei], seed: int) -> dict[str, Any]:
-    from scipy.stats import wasserstein_distance
+def _beside(
+    windows: Sequence[_Windows], name: str, names: Sequence[Any], figure: Callable[[Any, Any], Any], *,
+    parts: Sequence[Groups], seed: int, whole: bool = False,
+) -> dict[Any, dict[str, Any]]:  # fmt: skip
+    """Figures between the sides (`whole`, or where there are no halves), or between the first real half and what lies
+    beside the second."""
+    real, synthetic = windows
+    first, second, theirs = (side.rows(name, part) for side, part in zip((real, real, synthetic), parts, strict=True))
+    halved = len(parts[0]) > 0
+    pair = (first, theirs) if halved and not whole else (real.rows(name), synthetic.rows(name))
+    return measured(names, figure, {"value": pair, "floor": (first, second) if halved else None}, seed=seed)
 
-    random = np.random.default_rng(seed)
+
+def _listed(name: str, found: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    """Figures of one kind as lists."""
+    keys = ("value", "low", "high", "floor", "floor_low", "floor_high")
+    listed = {name if key == "value" else key: [one[key] for one in found.values()] for key in keys}
+    one = next(iter(found.values()))
+    return listed | {"n": one["n"], "seed": one["seed"]}
+
+
+def _stain(real: NDArray[Any], other: NDArray[Any]) -> Vectors:
+    return stain_distance(real.reshape(-1, 3), other.reshape(-1, 3))
+
+
+def _nuclei(windows: Sequence[_Windows], said: Callable[..., dict[Any, dict[str, Any]]], seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, side in (("real", real), ("synthetic", synthetic)):
-        counts, fields = (np.array([getattr(one, part) for one in side], float) for part in ("count", "field"))
-        rows = random.integers(len(side), size=(200, len(side)))
-        drawn = counts[rows].sum(1) / fields[rows].sum(1)
-        area, shape = (np.concatenate([getattr(one, part) for one in side]) for part in ("area", "eccentricity"))
+    for name, side in zip(("real", "synthetic"), windows, strict=True):
+        rows = side.rows("nuclei")
+        (density,), (low, high) = bounded(lambda one, _: _density(one), (rows, rows), seed=seed, draws=200)
+        area, shape = (_pooled(side.nuclei, part) for part in ("area", "eccentricity"))
         found[name] = {
-            "count": int(counts.sum()), "density": round(float(counts.sum() / fields.sum()), 1),
-            "low": round(float(np.quantile(drawn, 0.025)), 1), "high": round(float(np.quantile(drawn, 0.975)), 1),
+            "count": int(sum(one.count for one in side.nuclei)), "density": number(density),
+            "low": number(low[0], (0, math.inf)), "high": number(high[0], (0, math.inf)),
             "median_area": round(float(np.median(area)), 2) if len(area) else None,
             "median_eccentricity": round(float(np.median(shape)), 3) if len(shape) else None,
             "areas": np.histogram(area, bins=np.linspace(0, 200, 41))[0].tolist(),
         }  # fmt: skip
-    for part in ("area", "eccentricity"):
-        one, other = (np.concatenate([getattr(n, part) for n in side]) for side in (real, synthetic))
-        if len(one) and len(other):
-            found[f"{part}_distance"] = round(float(wasserstein_distance(one, other)), 4)
-    return found
+    found |= said("nuclei", ["density_ratio"], lambda a, b: np.float64(_density(b)) / _density(a), whole=True)
+    return found | said("nuclei", ["area_distance", "eccentricity_distance"], _shapes)
 
 
-def borders(sides: Sides, codec: Codec) -> list[dict[str, Any]]:
-    """Whether a lattice is seen in the synthetic slides, and in the real ones that they follow at the same places.
+def _density(nuclei: NDArray[Any]) -> float:
+    return float(sum(one.count for one in nuclei) / sum(one.field for one in nuclei))
 
-    Cells of 2 and 8 pixels are the lattices of the operator, 256 and 1024 are chunks and tiles; the latter are compared
-    with other lines of the operator's lattice, every 32 pixels.
-    """
-    real, found = {pair.synthetic: pair for pair in sides.pairs}, []
-    for number, one in enumerate(sides.synthetic):
-        area = one.area.clip(Grid(one.slide.mpp, one.area.top, one.area.left, _SEAM, _SEAM))
-        pixels = [codec(one.slide.read(area))]
-        if number in real:
-            pixels.append(codec(sides.real[real[number].real].slide.read(real[number].there(area))))
-        for period, among in ((2, 1), (8, 1), (256, 32), (1024, 32)):
-            if min(area.shape) >= 2 * period:
-                ours, *theirs = (seams(side, period, among=among) for side in pixels)
-                said = {"slide": one.name, "period": period, "ratio": _number(ours.ratio), "rank": _number(ours.rank)}
-                found.append(said | {"floor": _number(theirs[0].ratio) if theirs else None})
-    return found
+
+def _pooled(nuclei: NDArray[Any], part: str) -> Vectors:
+    return np.concatenate([getattr(one, part) for one in nuclei])
+
+
+def _shapes(real: NDArray[Any], other: NDArray[Any]) -> Vectors:
+    """Wasserstein distances of areas (µm²) and eccentricities; NaN where a side has no nuclei."""
+    from scipy.stats import wasserstein_distance
+
+    sets = [[_pooled(side, part) for side in (real, other)] for part in ("area", "eccentricity")]
+    return np.array([wasserstein_distance(*pair) if min(map(len, pair)) else math.nan for pair in sets])

@@ -72,9 +72,9 @@ def _worst(sides: Sides, figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The tiles with the smallest cosine at the finest scale, in the first encoder."""
     if not figures["control"]:
         return []
-    name, found = figures["encoder"]["name"], []
-    mpp, scale = next(iter(figures["control"][name]["cosine"].items()))
-    side = figures["encoder"]["tile"]
+    first, found = figures["encoders"][0], []
+    mpp, scale = next(iter(figures["control"][first["name"]]["cosine"].items()))
+    side = first["tile"]
     for one in scale.get("worst", []):
         there, here = (Grid(float(mpp), one[name][0], one[name][1], side, side) for name in ("there", "place"))
         real, ours = sides.real[one["real"]].slide.read(there), sides.synthetic[one["synthetic"]].slide.read(here)

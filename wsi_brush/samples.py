@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .embed import COVER, find_slides
+from .distances import Vectors
+from .embed import COVER, TileEncoder, find_slides, slide_fingerprint
 from .errors import SlideError, UsageError
 from .grid import Grid
 from .progress import Tell, Told
 from .slide import Slide, open_slide
 from .tissue import PITCH, Tissue, find_tissue, tissue_mask
 
-_BATCH = 64
+_BATCH, _AT_ONCE = 64, 2**22  # tiles, and pixels of them, that are held at once
 FINER = 0.95  # a slide of a pitch of up to 5 % more will do
 
 
@@ -78,7 +79,7 @@ def spots_of(
     parts = round(1 / stride)
     step, corners = side // parts, []
     for index, one in enumerate(fields):
-        top, left = (round(edge / mpp) for edge in one.area.extent[:2])
+        top, left = _corner(one, mpp)
         # counted from the field's corner; a square is parts x parts cells
         rows, columns = (int(length * one.slide.mpp / mpp / step + 1e-6) for length in one.area.shape)
         cover = Tissue(one.tissue, Grid(PITCH, 0, 0, *one.tissue.shape)).cover(Grid(mpp * step, 0, 0, rows, columns))
@@ -95,32 +96,84 @@ def spots_of(
 def halves(fields: Sequence[Field], spots: Sequence[Spot]) -> tuple[list[int], list[int]]:
     """Which spots lie in one half of their slides and which in the other, by their number; those across are in none.
 
-    The halves are the black and the white squares of a chessboard on every slide, so that both show the same kinds of
-    tissue, and share no pixel. A square is 4 spots wide; 3 or 2 where a field would have fewer than 4 x 4 of them.
+    The halves are the black and the white squares of a chessboard on every field, so that both show the same kinds of
+    tissue, and share no pixel, also where fields of one slide overlap. A square is 4 spots wide; 3 or 2 where a field
+    would have fewer than 4 x 4 of them, 1 where it is narrower than 4 spots. The corner is black in one field, white in
+    the next that shares no pixel with it, so that fields of one spot go to both halves.
     """
     parts: tuple[list[int], list[int]] = ([], [])
     if not spots:
         return parts
-    side, width = spots[0].grid.height, _square(fields, spots)
-    for number, (_, grid) in enumerate(spots):
-        (row, down), (column, right) = divmod(grid.top, width), divmod(grid.left, width)
+    side, width, colours = spots[0].grid.height, _square(fields, spots), _apart(fields)
+    for number, (index, grid) in enumerate(spots):
+        top, left = _corner(fields[index], grid.mpp)
+        (row, down), (column, right) = divmod(grid.top - top, width), divmod(grid.left - left, width)
         if max(down, right) + side <= width:
-            parts[(row + column) % 2].append(number)
-    return parts
+            parts[(row + column + colours[index]) % 2].append(number)
+    places = _places(fields, spots)
+    first = places[parts[0]]
+    return parts[0], [number for number in parts[1] if not _meet(places[number], first, side).any()]
+
+
+def elsewhere(fields: Sequence[Field], spots: Sequence[Spot], *, seed: int) -> list[int]:
+    """For each spot the number of another that shares no pixel with it, drawn from the same slide where that has one;
+    -1 where there is none."""
+    random, places, found = np.random.default_rng(seed), _places(fields, spots), []
+    for place, (_, grid) in zip(places, spots, strict=True):
+        apart = ~_meet(place, places, grid.height)
+        near = np.flatnonzero(apart & (places[:, 0] == place[0]))
+        among = near if len(near) else np.flatnonzero(apart)
+        found.append(int(random.choice(among)) if len(among) else -1)
+    return found
+
+
+def _corner(field: Field, mpp: float) -> tuple[int, int]:
+    """Where a field's own lattice begins, pixels of a pitch."""
+    top, left = (round(edge / mpp) for edge in field.area.extent[:2])
+    return top, left
+
+
+def _places(fields: Sequence[Field], spots: Sequence[Spot]) -> NDArray[np.int_]:
+    """Number of the slide, top and left of each spot: (n, 3)."""
+    slides = {path: number for number, path in enumerate(dict.fromkeys(one.slide.path for one in fields))}
+    return np.array([(slides[fields[index].slide.path], grid.top, grid.left) for index, grid in spots], np.int_)
+
+
+def _meet(place: NDArray[np.int_], others: NDArray[np.int_], side: int) -> NDArray[np.bool_]:
+    """Whether a square shares a pixel with each of the others."""
+    return np.asarray((others[:, 0] == place[0]) & (np.abs(others[:, 1:] - place[1:]) < side).all(1))
+
+
+def _apart(fields: Sequence[Field]) -> list[int]:
+    """A number for each field, from 0, the same for those that share pixels, also through others."""
+    found: list[int] = []
+    of_slide: dict[Path, list[int]] = {}
+    for index, one in enumerate(fields):
+        others = of_slide.setdefault(one.slide.path, [])
+        alike = {found[k] for k in others if min(fields[k].area.clip(one.area).shape)}
+        for k in others:
+            found[k] = index if found[k] in alike else found[k]
+        others.append(index)
+        found.append(index)
+    order = {number: k for k, number in enumerate(dict.fromkeys(found))}
+    return [order[number] for number in found]
 
 
 def _square(fields: Sequence[Field], spots: Sequence[Spot]) -> int:
     """Side of the chessboard's squares, pixels."""
     side, mpp = spots[0].grid.height, spots[0].grid.mpp
     across = min(length * one.slide.mpp / mpp / side for one in fields for length in one.area.shape)
-    return side * min(4, max(2, int(across / 4)))
+    return side * min(4, max(2 if across >= 4 else 1, int(across / 4)))
 
 
-def blocks(fields: Sequence[Field], spots: Sequence[Spot]) -> NDArray[np.intp]:
-    """A number for each spot, the same for those that begin in one square of a slide: neighbours are no strangers."""
+def blocks(fields: Sequence[Field], spots: Sequence[Spot], *, wide: int | None = None) -> NDArray[np.intp]:
+    """A number for each spot, the same for those that begin in one square of a slide: neighbours are no strangers.
+
+    `wide`: of how many spots a square is; as in `halves` where it is not given.
+    """
     if not spots:
         return np.zeros(0, np.intp)
-    width = _square(fields, spots)
+    width = _square(fields, spots) if wide is None else wide * spots[0].grid.height
     keys = [(fields[index].slide.path, grid.top // width, grid.left // width) for index, grid in spots]
     order = {key: number for number, key in enumerate(sorted(set(keys)))}
     return np.array([order[key] for key in keys], np.intp)
@@ -155,6 +208,39 @@ def read_spots(
     for start in range(0, len(spots), batch):
         part = spots[start : start + batch]
         yield np.stack([codec(fields[spot.field].slide.read(spot.grid)) for spot in part])
+
+
+def by_tile(encoders: Iterable[TileEncoder]) -> list[list[TileEncoder]]:
+    """Encoders that see tiles of one size together, so that a tile is read once for all of them."""
+    found: dict[int, list[TileEncoder]] = {}
+    for encoder in encoders:
+        found.setdefault(encoder.tile, []).append(encoder)
+    return list(found.values())
+
+
+def embed_spots(
+    fields: Sequence[Field], spots: Sequence[Spot], encoders: Sequence[TileEncoder], codec: Codec, told: Told
+) -> list[Vectors]:
+    """What each encoder makes of the spots, (n, dim) each; every spot is read once.
+
+    Raises:
+        SlideError: if a slide cannot be read, or an embedding is not finite.
+    """
+    found, done = [np.zeros((len(spots), encoder.dim)) for encoder in encoders], 0
+    batch = min(_BATCH, max(1, _AT_ONCE // encoders[0].tile ** 2))
+    for tiles in read_spots(fields, spots, codec, batch=batch):
+        for encoder, vectors in zip(encoders, found, strict=True):
+            part = vectors[done : done + len(tiles)]
+            part[:] = encoder(tiles)
+            if not np.isfinite(part).all():
+                field, grid = spots[done]
+                raise SlideError(
+                    f"{fields[field].slide.path}: encoder {encoder.name} gives numbers that are not finite at "
+                    f"{grid.mpp:g} µm"
+                )
+        done += len(tiles)
+        told.add(len(tiles))
+    return found
 
 
 def shows(field: Field, mpp: float) -> bool:
@@ -211,61 +297,102 @@ class Sides:
     brushes: list[dict[str, Any]] = field(default_factory=list)
 
 
-def open_all(paths: Iterable[Path | str], *, assume_mpp: float | None = None) -> list[Slide]:
-    """The slides of one side, each as often as it is named: two paintings may follow one reference.
+def open_all(
+    paths: Iterable[Slide | Path | str], *, assume_mpp: float | None = None, force_mpp: float | None = None
+) -> list[Slide]:
+    """The slides of one side, each as often as it is named; one that is open already is taken as it is.
+
+    A painting of ours keeps the pixel size that it was painted with, whatever is forced on the others.
 
     Raises:
         SlideError: if one cannot be read.
         UsageError: if a folder is empty.
     """
-    return [open_slide(slide, assume_mpp=assume_mpp) for path in paths for slide in find_slides([path])]
+    found = []
+    for path in paths:
+        for one in [path] if isinstance(path, Slide) else find_slides([path]):
+            if not isinstance(one, Slide):
+                force = None if force_mpp is None or painted_after(one) else force_mpp
+                one = open_slide(one, assume_mpp=assume_mpp, force_mpp=force)
+            found.append(one)
+    return found
 
 
 def open_sides(
-    real: Iterable[Path | str], synthetic: Iterable[Path | str], *, assume_mpp: float | None = None,
-    tell: Tell | None = None,
+    real: Iterable[Slide | Path | str], synthetic: Iterable[Slide | Path | str], *, assume_mpp: float | None = None,
+    force_mpp: float | None = None, tell: Tell | None = None,
 ) -> Sides:  # fmt: skip
     """Slides, pyramids, plain images and folders of them, as fields.
 
-    Where there are as many of one side as of the other, the first follows the first, and so on: a painting of ours
-    says which region it follows; any other must be as large as its real one.
+    A painting of ours says which region of which slide it follows: that one is looked for among all real ones, by the
+    fingerprint of its file. Other slides, and older paintings, which name none, are pairs by their order where there
+    are as many of one side as of the other, and where the real slide (the region) is as large as the synthetic one.
 
     Raises:
         SlideError: if one cannot be read, or has no tissue.
         UsageError: if a folder is empty.
     """
-    slides = [open_all(paths, assume_mpp=assume_mpp) for paths in (real, synthetic)]
-    told, sides = Told(tell, "looking for tissue", sum(map(len, slides))), Sides([], [], [])
+    slides = [open_all(paths, assume_mpp=assume_mpp, force_mpp=force_mpp) for paths in (real, synthetic)]
+    about = [painted_after(slide.path) for slide in slides[1]]
+    sides = Sides([], [], [], brushes=[one for one in about if one is not None])
+    matched = _matched(slides[0], slides[1], about, sides.notes)
+    places: list[list[tuple[int, Grid]]] = [[] for _ in slides[0]]  # which synthetic slides follow each real one, where
+    for number, found in enumerate(matched):
+        if found is not None:
+            places[found[0]].append((number, found[1]))
+    told = Told(tell, "looking for tissue", len(slides[1]) + sum(max(len(followed), 1) for followed in places))
 
-    def found(slide: Slide, area: Grid | None = None) -> Field:
+    def field(slide: Slide, area: Grid | None = None) -> Field:
         one = field_of(slide, area)
         told.add()
         return one
 
-    about = [painted_after(slide.path) for slide in slides[1]]
-    sides.brushes = [one for one in about if one is not None]
-    paired = len(slides[0]) == len(slides[1])
-    if not paired:
-        sides.notes.append(
-            f"{len(slides[0])} real and {len(slides[1])} synthetic: not paired, so nothing is said about control"
-        )
-    for number, (slide, made) in enumerate(zip(slides[1], about, strict=True)):
-        sides.synthetic.append(found(slide))
-        place = _place(slides[0][number], slide, made) if paired else None
-        if place is not None:
-            top, left = place.extent[:2]
-            sides.pairs.append(Pair(number, number, top, left))
-            sides.real.append(found(slides[0][number], place))
-        elif paired:
-            why = "of another size than" if made is None else "not painted after"
-            sides.notes.append(f"{slide.path.name}: {why} {slides[0][number].path.name}, so no pair")
-            sides.real.append(found(slides[0][number]))
-    if not paired:
-        sides.real = [found(slide) for slide in slides[0]]
+    for slide, followed in zip(slides[0], places, strict=True):
+        for number, place in followed:
+            sides.pairs.append(Pair(len(sides.real), number, *place.extent[:2]))
+            sides.real.append(field(slide, place))
+        if not followed:
+            sides.real.append(field(slide))
+    sides.synthetic = [field(slide) for slide in slides[1]]
     pitches = sorted({round(one.mpp, 4) for side in slides for one in side})
     if pitches[-1] > pitches[0] * 1.01:
         sides.notes.append(f"pixel sizes from {pitches[0]:g} to {pitches[-1]:g} µm: all are read at the same pitches")
     return sides
+
+
+def _matched(
+    real: list[Slide], synthetic: list[Slide], about: list[dict[str, Any] | None], notes: list[str]
+) -> list[tuple[int, Grid] | None]:
+    """For each synthetic slide the number of the real one that it follows and the place there, if that is known."""
+    named = [(made or {}).get("reference", {}).get("fingerprint") for made in about]
+    prints = [slide_fingerprint(one.path) for one in real] if any(named) else []
+    found: list[tuple[int, Grid] | None] = []
+    for number, (slide, made, name) in enumerate(zip(synthetic, about, named, strict=True)):
+        among = [number] if len(real) == len(synthetic) else []
+        if name:
+            among = [k for k, digits in enumerate(prints) if digits.startswith(str(name))]
+        mine = number if number in among else among[0] if among else None
+        place = None if mine is None else _place(real[mine], slide, made)
+        found.append(None if mine is None or place is None else (mine, place))
+        if name and mine is None:
+            notes.append(f"{slide.path.name}: painted after none of the real slides, so no pair")
+        elif mine is not None and place is None:
+            notes.append(f"{slide.path.name}: {_unlike(real[mine], made)}, so no pair")
+    if len(real) != len(synthetic) and not any(found):
+        notes.append(f"{len(real)} real and {len(synthetic)} synthetic: not paired, so nothing is said about control")
+    return found
+
+
+def _unlike(real: Slide, made: dict[str, Any] | None) -> str:
+    """Why a slide is none that was painted after a real one."""
+    if made is None:
+        return f"of another size than {real.path.name}"
+    reference, name = made.get("reference", {}), real.path.name
+    if "fingerprint" not in reference:
+        return f"not painted after {name}"
+    if f"{reference['mpp']:.4g}" != f"{real.mpp:.4g}":
+        return f"painted after {name} with pixels of {reference['mpp']:.4g} µm, which now has {real.mpp:.4g}"
+    return f"painted after more than {name} holds"
 
 
 def _place(real: Slide, synthetic: Slide, made: dict[str, Any] | None) -> Grid | None:

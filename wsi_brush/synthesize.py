@@ -148,7 +148,8 @@ def synthesize_slide(
         _check_picture(png, overwrite=overwrite)
     tissue = find_tissue(slide)
     canvas = choose_canvas(slide, painting, tissue)
-    with working(target, _parameters(slide, canvas, painting, brush, encoder), overwrite=overwrite) as work:
+    parameters = _parameters(slide, canvas, painting, brush, encoder)
+    with working(target, parameters, overwrite=overwrite) as work:
         told = None if tell is None else (lambda done, total: tell("embedding the reference", done, total))
         maps = embed_region(
             slide, whole(canvas, ladder), encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told
@@ -160,7 +161,8 @@ def synthesize_slide(
             hands = Cluster(client, work.folder, brush=brush, maps=maps, area=area, painting=painting)
         state = paint_canvas(brush, maps, canvas, painting, work=work, hands=hands, tell=tell)
         with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
-            pyramid = Pyramid(stage, canvas, about=_provenance(slide, canvas, painting, brush, encoder))
+            about = _provenance(slide, canvas, painting, brush, encoder, fingerprint=parameters["reference"])
+            pyramid = Pyramid(stage, canvas, about=about)
             for part in canvas.tiles(SHARD):
                 window = Grid(canvas.mpp, part.top - canvas.top, part.left - canvas.left, *part.shape)
                 with undisturbed():
@@ -205,8 +207,11 @@ def _parameters(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, en
     }
 
 
-def _provenance(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, encoder: Encoder) -> dict[str, Any]:
-    """What stands on every level of the painting; nothing of the reference but its pixel size and the region."""
+def _provenance(
+    slide: Slide, canvas: Grid, painting: Painting, brush: Brush, encoder: Encoder, *, fingerprint: str
+) -> dict[str, Any]:
+    """What stands on every level of the painting; nothing of the reference but its pixel size, the region, and half of
+    the digest of its bytes, by which whoever has the file can tell it from others, and nobody else learns anything."""
     return {
         "synthetic": True,
         "generator": "wsi-brush",
@@ -220,8 +225,11 @@ def _provenance(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, en
         "solver": painting.solver,
         "progressive": painting.progressive,
         "mpp": canvas.mpp,
-        "reference": {"mpp": slide.mpp, "mpp_source": slide.mpp_source, "region": list(_level0(slide, canvas))},
-    }
+        "reference": {
+            "mpp": slide.mpp, "mpp_source": slide.mpp_source, "region": list(_level0(slide, canvas)),
+            "fingerprint": fingerprint[:16],
+        },
+    }  # fmt: skip
 
 
 # -- beside its reference ------------------------------------------------------------------------------

@@ -244,11 +244,12 @@ def evaluate(
         list[Path], typer.Option("--synthetic", help="Synthetic slides, in the same order.", metavar="SLIDE...")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of report.json and report.html.")],
-    encoder: Annotated[str, typer.Option(help=f"{_ENCODERS}.")] = "bundled",
+    encoder: Annotated[list[str], typer.Option(help=f"{_ENCODERS}; several.")] = ["bundled"],  # noqa: B006
     codec: Annotated[str, typer.Option(help="What both sides go through first: jpeg:Q or none.")] = "jpeg:90",
     most: Annotated[int, typer.Option(help="Tiles of a side and scale that are looked at.", min=16)] = 1536,
     seed: Annotated[int, typer.Option(help="Draws tiles and intervals.", min=0)] = 0,
     assume_mpp: AssumeMpp = None,
+    force_mpp: ForceMpp = None,
     overwrite: Overwrite = False,
     threads: Threads = 0,
     json_: Json = False,
@@ -260,23 +261,24 @@ def evaluate(
     with errors(debug):
         from ..commit import check_target
         from ..encoder import load_encoder
-        from ..evaluate import evaluate_slides
+        from ..evaluate import check_encoders, evaluate_slides
         from ..report import KIND, write_report
-        from ..samples import Codec, open_all
+        from ..samples import Codec, open_all, open_sides
 
         Codec(codec)
-        sides = [open_all(paths, assume_mpp=assume_mpp) for paths in (real, synthetic)]  # what is none is said at once
+        # what is none is said at once
+        slides = [open_all(paths, assume_mpp=assume_mpp, force_mpp=force_mpp) for paths in (real, synthetic)]
         prepare(threads)
-        loaded = load_encoder(encoder)
+        loaded = [load_encoder(name) for name in encoder]
+        check_encoders(loaded)
         if dry_run:
-            print_plan(plans.plan_evaluation(sides, loaded, out, most), json_)
+            print_plan(plans.plan_evaluation(slides, loaded, out, most), json_)
             return
         check_target(out, kind=KIND, overwrite=overwrite)
         with Shown(quiet) as progress:
-            figures = evaluate_slides(
-                real, synthetic, encoder=loaded, codec=codec, assume_mpp=assume_mpp, most=most, seed=seed,
-                tell=progress, then=lambda sides, figures: write_report(out, sides, figures, overwrite=overwrite),
-            )  # fmt: skip
+            sides = open_sides(*slides, tell=progress)
+            figures = evaluate_slides(sides, encoders=loaded, codec=codec, most=most, seed=seed, tell=progress)
+        write_report(out, sides, figures, overwrite=overwrite)
         if json_:
             typer.echo(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False))
         elif not quiet:

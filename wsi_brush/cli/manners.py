@@ -78,13 +78,14 @@ def print_figures(figures: dict[str, Any]) -> None:
     """What an evaluation found, in a few lines."""
     for note in figures["notes"]:
         say(note)
-    for mpp, scale in figures["scales"].items():
-        parts = [scale["missing"]] if "missing" in scale else []
-        for name in ("frechet", "kernel", "precision", "recall", "coverage"):
-            one = scale.get(name, {"missing": ""})
-            if "missing" not in one:
-                parts.append(f"{name} {one['value']:.3g} (floor {one['floor']:.3g})")
-        typer.echo(f"{mpp} µm, {scale['n']} tiles: {', '.join(parts)}")
+    for name, scales in figures["scales"].items():
+        for mpp, scale in scales.items():
+            parts = [scale["missing"]] if "missing" in scale else []
+            for figure in ("frechet", "kernel", "precision", "recall", "coverage"):
+                one = scale.get(figure, {"missing": ""})
+                if "missing" not in one:
+                    parts.append(f"{figure} {one['value']:.3g} (floor {one['floor']:.3g})")
+            typer.echo(f"{name}, {mpp} µm, {scale['n']} tiles: {', '.join(parts)}")
     texture = figures["texture"]
     if "missing" in texture:
         typer.echo(f"texture: {texture['missing']}")

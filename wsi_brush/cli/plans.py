@@ -76,22 +76,25 @@ def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, paint
     }
 
 
-def plan_evaluation(sides: list[list[Slide]], encoder: Encoder, out: Path, most: int) -> dict[str, Any]:
+def plan_evaluation(sides: list[list[Slide]], encoders: list[Encoder], out: Path, most: int) -> dict[str, Any]:
     """What would be compared, and at most how many tiles: time from a batch of blank ones on this machine."""
     from ..estimate import encoder_seconds
     from ..evaluate import SCALES
 
-    tiles = 0
-    for mpp in SCALES:
+    tiles, seconds = 0, 0.0
+    for encoder in encoders:
+        mine = 0
         for side in sides:
-            across = [[length * slide.mpp / mpp / encoder.tile for length in slide.grid.shape] for slide in side]
-            tiles += min(most, sum(int(4 * height * width) for height, width in across))
-    seconds = encoder_seconds(encoder, 1.5 * tiles)  # half as many again for control
+            for mpp in SCALES:
+                across = [[length * slide.mpp / mpp / encoder.tile for length in slide.grid.shape] for slide in side]
+                mine += min(most, sum(int(4 * height * width) for height, width in across))
+        tiles += mine
+        seconds += encoder_seconds(encoder, 2.0 * mine)  # as many again on borders and for control
     return {
         "real": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[0]],
         "synthetic": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[1]],
-        "encoder": encoder.name,
+        "encoders": [encoder.name for encoder in encoders],
         "tiles": f"at most {tiles}",
-        "time": f"at most {seconds / 60:.1f} minutes in the encoder, and about one more",
+        "time": f"at most {seconds / 60:.1f} minutes in the encoders, and about one more",
         "output": f"{out}{' (exists)' if out.exists() else ''}",
     }

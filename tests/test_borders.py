@@ -1,0 +1,127 @@
+"""Lattices that are drawn into a picture are found, at their period; where there are none, nothing is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TileStatistics, write_pyramid
+from numpy.typing import NDArray
+
+from wsi_brush.borders import crops, gradients
+from wsi_brush.samples import Codec, Sides, open_sides
+
+PLAIN = Codec("none")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> NDArray[np.uint8]:
+    """2048 x 2048 pixels that are tissue by their colour: waves and grain."""
+    random = np.random.default_rng(0)
+    rows, columns = np.mgrid[:2048, :2048].astype(np.float32)
+    waves = np.sin(rows / 17 + 3 * np.sin(columns / 90)) + random.normal(0, 1, (2048, 2048)).astype(np.float32)
+    return (np.array([200, 110, 165]) + np.array([6, 14, 9]) * waves[..., None]).clip(0, 255).astype(np.uint8)
+
+
+def drawn(pixels: NDArray[np.uint8], period: int) -> NDArray[np.uint8]:
+    """The picture, in blocks of which every second is a little darker."""
+    rows, columns = np.mgrid[: pixels.shape[0], : pixels.shape[1]] // period
+    return pixels - (12 * ((rows + columns) % 2)).astype(np.uint8)[..., None]
+
+
+def ruled(pixels: NDArray[np.uint8], period: int) -> NDArray[np.uint8]:
+    """The picture, with lines of 8 pixels on the borders of its blocks."""
+    lines = (np.arange(len(pixels)) + 4) % period < 8
+    return pixels - (50 * (lines[:, None] | lines[: pixels.shape[1]])).astype(np.uint8)[..., None]
+
+
+def sides_of(tmp_path: Path, real: NDArray[np.uint8], other: NDArray[np.uint8]) -> Sides:
+    options: dict[str, Any] = {"compression": "zlib", "compressionargs": {}}
+    return open_sides(
+        [write_pyramid(tmp_path / "real.tif", [real], **options)],
+        [write_pyramid(tmp_path / "other.tif", [other], **options)],
+    )
+
+
+class TestGradients:
+    def test_tiles_are_seen(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        (tmp_path / "tiled").mkdir()
+        plain, tiled = (
+            {one["period"]: one for one in gradients(sides_of(folder, pixels, other), PLAIN, seed=4)}
+            for folder, other in ((tmp_path, pixels), (tmp_path / "tiled", drawn(pixels, 256)))
+        )
+        assert set(plain) == set(tiled) == {2, 8, 256, 1024}
+        for one in (*plain.values(), *tiled.values()):
+            assert (one["ratio"]["seed"], one["ratio"]["n"]) == (4, [64, 64])
+            for figure in (one["ratio"], one["rank"]):
+                assert figure["low"] <= figure["value"] <= figure["high"]
+        assert all(one["ratio"]["value"] == one["ratio"]["floor"] for one in plain.values())
+        assert tiled[256]["rank"]["value"] == 1
+        assert tiled[256]["ratio"]["low"] > 1.05 * tiled[256]["ratio"]["floor_high"]
+        assert tiled[256]["ratio"]["floor_low"] < 1 < tiled[256]["ratio"]["floor_high"]
+        assert tiled[2]["ratio"]["value"] == pytest.approx(plain[2]["ratio"]["value"], abs=0.05)
+
+    def test_what_has_no_gradient_is_none_and_no_infinity(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        cells = pixels[:512, :512].repeat(2, 0).repeat(2, 1)
+        found = gradients(sides_of(tmp_path, cells, pixels[:1024, :1024]), PLAIN, seed=0)
+        assert found[0]["ratio"]["floor"] is None  # all of it on the lines of 2 pixels
+        assert found[0]["rank"]["floor"] == 1
+        json.dumps(found, allow_nan=False)
+
+    def test_without_a_pair_another_real_slide_is_the_floor(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        sides = sides_of(tmp_path, pixels[:1024, :1024], pixels[:1024, :1280])
+        assert sides.pairs == []
+        found = gradients(sides, PLAIN, seed=0)
+        assert [one["period"] for one in found] == [2, 8, 256]
+        assert all(one["ratio"]["floor"] == pytest.approx(1, abs=0.05) for one in found)
+
+
+class TestCrops:
+    def test_tiles_on_borders_are_unlike_others_where_borders_are_seen(
+        self, pixels: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        (tmp_path / "tiled").mkdir()
+        some = pixels[:1536, :1536]
+        plain, tiled = (
+            crops(sides_of(folder, some, other), [TileStatistics()], PLAIN, most=1000, seed=4)["statistics"]
+            for folder, other in ((tmp_path, some), (tmp_path / "tiled", ruled(some, 256)))
+        )
+        assert [(period, one["on"], one["beside"]) for period, one in plain.items()] == [
+            ("256", 121 - 36, 36), ("1024", 121 - 100, 100), ("2048", 0, 121)
+        ]  # fmt: skip
+        for name in ("kernel", "frechet"):
+            seen, unseen = tiled["256"][name], plain["256"][name]
+            assert (seen["n"], seen["seed"]) == ([36, 85], 4)
+            assert unseen["value"] == unseen["floor"] == seen["floor"]
+            assert seen["low"] > seen["floor_high"]
+        assert "covariance" in plain["1024"]["frechet"]["missing"]
+        assert tiled["1024"]["kernel"]["value"] is not None
+        assert "on its lines" in plain["2048"]["missing"]
+
+    def test_a_larger_tile_stands_further_apart(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        class Larger(TileStatistics):
+            name, tile = "larger", 200
+
+            def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+                assert tiles.shape[1:] == (200, 200, 3)
+                return super().__call__(np.ascontiguousarray(tiles[:, 36:164, 36:164]))
+
+        (found,) = crops(sides_of(tmp_path, pixels, drawn(pixels, 512)), [Larger()], PLAIN, most=1000, seed=0).values()
+        assert set(found) == {"1024", "2048"}  # 512 apart would be two to a period of 256
+        assert found["1024"]["on"] + found["1024"]["beside"] == 7 * 7
+
+    def test_too_few_is_said(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        sides = sides_of(tmp_path, pixels[:512, :512], pixels[:512, :512])
+        (found,) = crops(sides, [TileStatistics()], PLAIN, most=1000, seed=0).values()
+        assert found["256"] == {
+            "on": 5, "beside": 4, "missing": "fewer than 8 tiles on its lines, or beside them"
+        }  # fmt: skip
+
+    def test_where_the_real_side_is_smaller_there_is_no_floor(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        sides = sides_of(tmp_path, pixels[:512, :512], pixels[:1536, :1536])
+        (found,) = crops(sides, [TileStatistics()], PLAIN, most=1000, seed=0).values()
+        assert found["256"]["kernel"]["value"] is not None
+        assert found["256"]["kernel"]["floor"] is None

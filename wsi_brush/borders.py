@@ -1,0 +1,125 @@
+"""Whether the lattices on which a painting is made are seen in it: at its borders, and in tiles that stand on them.
+
+Cells of 2 and 8 pixels are the lattices of the operator; chunks, tiles and shards have borders every 256, 1024 and 2048
+pixels. The real slide at the same lines is the floor: there no border is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .distances import Vectors
+from .embed import TileEncoder
+from .grid import Grid
+from .likeness import Rows, compared, measured
+from .progress import Tell, Told
+from .samples import Codec, Pair, Sides, Spot, blocks, by_tile, embed_spots, spots_of
+from .texture import seam_of, steps
+
+LATTICES = ((2, 1), (8, 1), (256, 32), (1024, 32), (2048, 32))
+"""Periods in pixels, and the lattice to which the lines belong that they are compared with."""
+_LARGEST = 4096  # pixels a side that are searched at most
+_LEAST = 8  # crops on a lattice, and beside it
+
+
+def gradients(sides: Sides, codec: Codec, *, seed: int) -> list[dict[str, Any]]:
+    """Mean difference of neighbours across the lines of each lattice over that across other lines, and its rank, of
+    each synthetic slide beside the real one that it follows."""
+    found = []
+    for pair in _followed(sides):
+        one, other = sides.synthetic[pair.synthetic], sides.real[pair.real]
+        area = one.area.clip(Grid(one.slide.mpp, one.area.top, one.area.left, _LARGEST, _LARGEST))
+        there = pair.there(area).clip(other.area.at(area.mpp))
+        pixels = codec(one.slide.read(area)), codec(other.slide.read(there))
+        for period, among in LATTICES:
+            if min(area.shape) < 2 * period:
+                continue
+            ours, *theirs = (
+                Rows(squares, np.arange(len(squares)))
+                for squares in (steps(p, period, among=among) for p in pixels if min(p.shape[:2]) >= 2 * period)
+            )
+            samples = {"value": (ours, ours), "floor": (theirs[0], theirs[0]) if theirs else None}
+            said = measured(["ratio", "rank"], lambda one, _: seam_of(one.sum(0)), samples, seed=seed)
+            found.append({"slide": one.name, "period": period, **said})
+    return found
+
+
+def crops(
+    sides: Sides, encoders: Sequence[TileEncoder], codec: Codec, *, most: int, seed: int, tell: Tell | None = None
+) -> dict[str, Any]:
+    """How far tiles that are centred on the borders of a lattice are from other tiles of the same paintings, in each
+    encoder's space; the floor is the same between the real tiles at the same places.
+
+    No two tiles share a pixel: their centres are as far apart as the smallest power of two that holds a tile.
+    """
+    found: dict[str, Any] = {}
+    follows = {pair.synthetic: pair for pair in _followed(sides)}
+    for alike in by_tile(encoders):
+        ours, centres = _centred(sides, alike[0].tile, most=most, seed=seed)
+        places = [Spot(follows[index].real, follows[index].there(grid)) for index, grid in ours]
+        held = [grid.clip(sides.real[index].area.at(grid.mpp)) == grid for index, grid in places]
+        theirs = [place for place, whole in zip(places, held, strict=True) if whole]
+        told = Told(tell, "looking at borders", len(ours) + len(theirs))
+        vectors = [
+            embed_spots(fields, spots, alike, codec, told)
+            for fields, spots in ((sides.synthetic, ours), (sides.real, theirs))
+        ]
+        groups = blocks(sides.synthetic, ours), blocks(sides.real, theirs)
+        for encoder, *both in zip(alike, *vectors, strict=True):
+            rows = [Rows(*one) for one in zip(both, groups, strict=True)]
+            found[encoder.name] = {}
+            for period, _ in LATTICES:
+                if period >= 2 * _spacing(encoder.tile):
+                    on = [(one % period == 0).any(1) for one in (centres, centres[held])]
+                    found[encoder.name][f"{period}"] = _on_and_beside(rows, on, seed)
+    return found
+
+
+def _on_and_beside(rows: Sequence[Rows], on: Sequence[NDArray[np.bool_]], seed: int) -> dict[str, Any]:
+    """Tiles that stand on a lattice compared with those that do not, and the same of the real ones."""
+    counts = [(int(part.sum()), int((~part).sum())) for part in on]
+    found: dict[str, Any] = {"on": counts[0][0], "beside": counts[0][1]}
+    if min(counts[0]) < _LEAST:
+        return found | {"missing": f"fewer than {_LEAST} tiles on its lines, or beside them"}
+    pair, floor = (
+        (Rows(one.values[~part], one.groups[~part]), Rows(one.values[part], one.groups[part]))
+        for one, part in zip(rows, on, strict=True)
+    )
+    return found | compared({"value": pair, "floor": floor if min(counts[1]) >= _LEAST else None}, seed=seed)
+
+
+def _spacing(tile: int) -> int:
+    """Pixels between the centres of tiles: a divisor of every lattice that is at least as large."""
+    return 1 << (tile - 1).bit_length()
+
+
+def _centred(sides: Sides, tile: int, *, most: int, seed: int) -> tuple[list[Spot], Vectors]:
+    """Tiles at the paintings' own pitches, and their centres, pixels from the paintings' corners: (n, 2)."""
+    spacing, spots, centres = _spacing(tile), [], []
+    for index, one in enumerate(sides.synthetic):
+        for _, grid in spots_of([one], one.slide.mpp, spacing, stride=0.5, most=2**31, seed=seed):
+            centre = (grid.top - one.area.top + spacing // 2, grid.left - one.area.left + spacing // 2)
+            if not any(place % spacing for place in centre):
+                margin = (spacing - tile) // 2
+                square = Grid(grid.mpp, grid.top + margin, grid.left + margin, tile, tile)
+                spots.append(Spot(index, square))
+                centres.append(centre)
+    rows = np.arange(len(spots))
+    if len(rows) > most:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+    return [spots[row] for row in rows], np.array(centres, np.float64).reshape(-1, 2)[rows]
+
+
+def _followed(sides: Sides) -> list[Pair]:
+    """For each synthetic slide the real one that it follows; else one that is laid under it corner on corner."""
+    found = {pair.synthetic: pair for pair in sides.pairs}
+    for number, one in enumerate(sides.synthetic):
+        real = number % len(sides.real)
+        corners = [side.area.extent[:2] for side in (sides.real[real], one)]
+        down, right = (there - here for there, here in zip(*corners, strict=True))
+        found.setdefault(number, Pair(real, number, down, right))
+    return [found[number] for number in range(len(sides.synthetic))]
