@@ -12,7 +12,8 @@ from conftest import TileStatistics, write_pyramid
 from numpy.typing import NDArray
 
 from wsi_brush.borders import crops, gradients
-from wsi_brush.samples import Codec, Sides, open_sides
+from wsi_brush.samples import Codec
+from wsi_brush.sides import Sides, open_sides
 
 PLAIN = Codec("none")
 

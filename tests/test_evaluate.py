@@ -17,7 +17,7 @@ from wsi_brush.control import Descriptor
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.report import write_report
-from wsi_brush.samples import open_sides
+from wsi_brush.sides import open_sides
 from wsi_brush.slide import open_slide
 
 
@@ -105,10 +105,10 @@ def test_progress_comes_to_its_end(slides: tuple[Path, Path]) -> None:
 
 
 def test_the_brushs_own_encoder_is_said(slides: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from wsi_brush import samples
+    from wsi_brush import sides as opened
 
     about = {"synthetic": True, "encoder_fingerprint": TileStatistics.fingerprint}
-    monkeypatch.setattr(samples, "painted_after", lambda path: about)
+    monkeypatch.setattr(opened, "painted_after", lambda path: about)
     sides = open_sides(slides[:1], slides[1:])
     alone, both = (
         [note for note in evaluate_slides(sides, encoders=some, most=32)["notes"] if "flatter the brush" in note]

@@ -15,7 +15,8 @@ from wsi_brush.control import Descriptor
 from wsi_brush.distances import frechet, overlap
 from wsi_brush.errors import SlideError
 from wsi_brush.likeness import Rows, distribution, measured, see, texture
-from wsi_brush.samples import Codec, Sides, open_sides
+from wsi_brush.samples import Codec
+from wsi_brush.sides import Sides, open_sides
 from wsi_brush.slide import open_slide
 
 PLAIN = Codec("none")

@@ -36,6 +36,7 @@ The modules, in the order of the data; a module imports only what stands above i
     pyramid       Pyramid: an OME-Zarr slide being written
     synthesize    verb: brush + reference -> pyramid
     samples       what is looked at when slides are compared: tiles at chosen places
+    sides         the two sides that are compared, and which synthetic slide follows which real one
     texture       what a picture of H&E is made of, in figures that need no network
     likeness      how like two sides are
     borders       whether the lattices that a painting is made on are seen in it

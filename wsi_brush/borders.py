@@ -17,7 +17,8 @@ from .embed import TileEncoder
 from .grid import Grid
 from .likeness import Rows, compared, measured
 from .progress import Tell, Told
-from .samples import Codec, Pair, Sides, Spot, blocks, by_tile, embed_spots, spots_of
+from .samples import Codec, Spot, blocks, by_tile, embed_spots, spots_of
+from .sides import Pair, Sides
 from .texture import seam_of, steps
 
 LATTICES = ((2, 1), (8, 1), (256, 32), (1024, 32), (2048, 32))

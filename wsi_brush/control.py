@@ -16,7 +16,8 @@ from .distances import Groups, Vectors
 from .embed import TileEncoder
 from .likeness import Rows, bounded, number
 from .progress import Tell, Told
-from .samples import Codec, Field, Sides, Spot, blocks, by_tile, elsewhere, embed_spots, read_spots, spots_of
+from .samples import Codec, Field, Spot, blocks, by_tile, elsewhere, embed_spots, read_spots, spots_of
+from .sides import Sides
 from .texture import DESCRIPTOR, descriptor
 
 _PLACE = 512  # µm: regions among which the own reference is looked for

@@ -17,7 +17,8 @@ from .embed import TileEncoder
 from .errors import UsageError
 from .likeness import distribution, see, texture
 from .progress import Tell
-from .samples import Codec, Field, Sides, shows
+from .samples import Codec, Field, shows
+from .sides import Sides
 
 SCALES = (0.5, 2.0, 8.0)
 """µm per pixel: detail, tissue, layout."""

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from .distances import Groups, Overlap, Vectors, frechet, interval, kernel_distance, overlap
 from .embed import TileEncoder
 from .progress import Tell, Told
-from .samples import Codec, Field, Sides, Spot, blocks, by_tile, embed_spots, halves, read_spots, spots_of
+from .samples import Codec, Field, Spot, blocks, by_tile, embed_spots, halves, read_spots, spots_of
+from .sides import Sides
 from .texture import densities, find_nuclei, nuclear_threshold, octaves, stain_distance
 
 _WINDOW, _WINDOWS, _OCTAVES = 512, 48, 6  # pixels, and how many, for spectrum, stain and nuclei

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from .commit import staged
 from .grid import Grid
-from .samples import Field, Pair, Sides
+from .samples import Field
+from .sides import Pair, Sides
 
 KIND = "report"
 _ZOOMS = (("the whole", 0), ("1 mm at 1 µm", 1024), ("128 µm at 0.5 µm", 256))

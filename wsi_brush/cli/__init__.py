@@ -263,7 +263,8 @@ def evaluate(
         from ..encoder import load_encoder
         from ..evaluate import check_encoders, evaluate_slides
         from ..report import KIND, write_report
-        from ..samples import Codec, open_all, open_sides
+        from ..samples import Codec
+        from ..sides import open_all, open_sides
 
         Codec(codec)
         # what is none is said at once

@@ -1,0 +1,159 @@
+"""Which slides stand on which side, and which of them follow one another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_ome_zarr, write_pyramid
+
+from wsi_brush.commit import staged
+from wsi_brush.embed import slide_fingerprint
+from wsi_brush.grid import Grid
+from wsi_brush.pyramid import Pyramid
+from wsi_brush.samples import halves, spots_of
+from wsi_brush.sides import Pair, open_all, open_sides, painted_after
+from wsi_brush.slide import Slide, open_slide
+
+
+@pytest.fixture(scope="module")
+def slide(tissue_slide: Path) -> Slide:
+    return open_slide(tissue_slide)
+
+
+def copied(slide: Slide, path: Path, area: Grid | None = None) -> Path:
+    return write_pyramid(path, [slide.read(area or slide.grid)], compression="zlib", compressionargs={})
+
+
+def painted(slide: Slide, target: Path, place: Grid, *, fingerprint: str | None = None, mpp: float = 0.5) -> Path:
+    """A painting that shows what its reference shows; older ones have no fingerprint."""
+    about = {"synthetic": True, "reference": {"mpp": mpp, "region": [place.top, place.left, *place.shape]}}
+    if fingerprint is not None:
+        about["reference"] |= {"fingerprint": fingerprint}  # type: ignore[operator]
+    with staged(target, kind="pyramid", about={"format": 1}) as stage:
+        pyramid = Pyramid(stage, place, about=about)
+        for part in place.tiles(1024):
+            pyramid.write(part, slide.read(part))
+        pyramid.finish()
+    return target
+
+
+class TestSides:
+    def test_of_the_same_size_they_are_pairs(self, slide: Slide, tmp_path: Path) -> None:
+        copy = copied(slide, tmp_path / "copy.tif")
+        sides = open_sides([slide.path], [copy])
+        assert sides.pairs == [Pair(0, 0, 0.0, 0.0)]
+        assert sides.notes == []
+
+    def test_of_another_size_they_are_none(self, slide: Slide, tmp_path: Path) -> None:
+        part = copied(slide, tmp_path / "part.tif", Grid(0.5, 256, 256, 512, 512))
+        sides = open_sides([slide.path], [part])
+        assert sides.pairs == []
+        assert sides.notes == ["part.tif: of another size than tissue.tif, so no pair"]
+
+    def test_two_may_follow_one(self, slide: Slide, tmp_path: Path) -> None:
+        copies = [copied(slide, tmp_path / name) for name in ("one.tif", "two.tif")]
+        sides = open_sides([slide.path, slide.path], copies)
+        assert sides.pairs == [Pair(0, 0, 0.0, 0.0), Pair(1, 1, 0.0, 0.0)]
+        spots = spots_of(sides.real, 0.5, 64)
+        seen = np.zeros((2, 1024, 1024), np.bool_)
+        for half, part in enumerate(halves(sides.real, spots)):
+            for number in part:
+                grid = spots[number].grid
+                seen[half, grid.top : grid.bottom, grid.left : grid.right] = True
+        assert not (seen[0] & seen[1]).any()  # one slide named twice is one slide
+
+    def test_nor_when_there_are_more_of_one(self, slide: Slide, tmp_path: Path) -> None:
+        copied(slide, tmp_path / "one.tif")
+        copied(slide, tmp_path / "two.tif")
+        sides = open_sides([slide.path], [tmp_path])
+        assert (len(sides.real), len(sides.synthetic), sides.pairs) == (1, 2, [])
+        assert sides.notes == ["1 real and 2 synthetic: not paired, so nothing is said about control"]
+
+    def test_other_pixel_sizes_are_said(self, slide: Slide, tmp_path: Path) -> None:
+        half = write_pyramid(tmp_path / "half.tif", [slide.read(Grid(1.0, 0, 0, 512, 512))], mpp=1.0)
+        sides = open_sides([slide.path], [half])
+        assert sides.pairs == [Pair(0, 0, 0.0, 0.0)]
+        assert sides.notes == ["pixel sizes from 0.5 to 1 µm: all are read at the same pitches"]
+
+    def test_a_painting_knows_its_place(self, slide: Slide, tmp_path: Path) -> None:
+        place = Grid(0.5, 320, 256, 384, 448)
+        target = painted(slide, tmp_path / "painted.ome.zarr", place)
+        said = painted_after(target)
+        assert said is not None
+        about = {"synthetic": True, "reference": {"mpp": 0.5, "region": [320, 256, 384, 448]}}
+        assert json.loads(json.dumps(said)) == about
+        sides = open_sides([slide.path], [target])
+        (pair,) = sides.pairs
+        assert (pair.down, pair.right) == (160.0, 128.0)
+        assert sides.real[0].area == place
+        for spot in spots_of(sides.synthetic, 0.5, 128, most=5):
+            assert np.array_equal(sides.synthetic[0].slide.read(spot.grid), slide.read(pair.there(spot.grid)))
+            assert pair.here(pair.there(spot.grid)) == spot.grid
+        # beside a slide that it cannot have been painted after
+        small = copied(slide, tmp_path / "small.tif", Grid(0.5, 256, 256, 400, 500))
+        sides = open_sides([small], [target])
+        assert sides.pairs == []
+        assert sides.notes == ["painted.ome.zarr: not painted after small.tif, so no pair"]
+
+    def test_a_painting_finds_its_reference_in_any_order(self, slide: Slide, tmp_path: Path) -> None:
+        """Two slides of one size, three paintings, and a copy of a reference under another name."""
+        other = write_pyramid(tmp_path / "other.tif", [slide.read(slide.grid)[::-1]])
+        prints = [slide_fingerprint(path)[:16] for path in (slide.path, other)]
+        assert prints[0] != prints[1]
+        places = [Grid(0.5, top, 256, 384, 384) for top in (320, 330, 340)]
+        follows = (1, 0, 1)
+        paintings = [
+            painted(slide, tmp_path / f"{k}.ome.zarr", places[k], fingerprint=prints[follows[k]]) for k in range(3)
+        ]
+        renamed = tmp_path / "renamed.tif"
+        renamed.write_bytes(slide.path.read_bytes())
+        sides = open_sides([renamed, other], paintings)
+        assert [one.name for one in sides.real] == ["renamed.tif", "other.tif", "other.tif"]
+        assert [(pair.real, pair.synthetic) for pair in sides.pairs] == [(0, 1), (1, 0), (2, 2)]
+        assert [sides.real[pair.real].area for pair in sides.pairs] == [places[pair.synthetic] for pair in sides.pairs]
+        assert sides.notes == []
+        # one that follows neither is no pair, though it is as large as both
+        stranger = painted(slide, tmp_path / "stranger.ome.zarr", places[0], fingerprint="0" * 16)
+        sides = open_sides([other, slide.path], [paintings[0], stranger])
+        assert [(pair.real, pair.synthetic) for pair in sides.pairs] == [(0, 0)]
+        assert [one.area for one in sides.real] == [places[0], slide.grid]
+        assert sides.notes == ["stranger.ome.zarr: painted after none of the real slides, so no pair"]
+        # older ones, and other images, are taken in their order
+        old = painted(slide, tmp_path / "old.ome.zarr", places[1])
+        sides = open_sides([slide.path, other], [old, paintings[0]])
+        assert [(pair.real, pair.synthetic) for pair in sides.pairs] == [(0, 0), (1, 1)]
+
+    def test_a_painting_after_another_pixel_size_is_said(self, slide: Slide, tmp_path: Path) -> None:
+        name = slide_fingerprint(slide.path)[:16]
+        target = painted(slide, tmp_path / "p.ome.zarr", Grid(0.5, 320, 256, 384, 384), fingerprint=name, mpp=0.25)
+        sides = open_sides([slide.path], [target])
+        assert sides.pairs == []
+        said = "p.ome.zarr: painted after tissue.tif with pixels of 0.25 µm, which now has 0.5, so no pair"
+        assert sides.notes[0] == said
+        target = painted(slide, tmp_path / "q.ome.zarr", Grid(0.5, 660, 256, 384, 384), fingerprint=name)
+        assert open_sides([slide.path], [target]).notes == [
+            "q.ome.zarr: painted after more than tissue.tif holds, so no pair"
+        ]
+
+    def test_a_forced_pixel_size_is_for_all_but_paintings(self, slide: Slide, tmp_path: Path) -> None:
+        name = slide_fingerprint(slide.path)[:16]
+        region = Grid(0.25, 200, 180, 640, 640)
+        target = painted(
+            open_slide(slide.path, force_mpp=0.25), tmp_path / "p.ome.zarr", region, fingerprint=name, mpp=0.25
+        )
+        plain = write_ome_zarr(tmp_path / "plain.ome.zarr", [slide.read(slide.grid)], version="0.5")
+        ours, theirs = open_all([target, plain], force_mpp=0.125)
+        assert (ours.mpp, theirs.mpp, theirs.mpp_source) == (0.25, 0.125, "forced")
+        sides = open_sides([slide.path], [target], force_mpp=0.25)
+        assert len(sides.pairs) == 1
+        assert sides.real[0].area.mpp == 0.25
+        assert sides.real[0].slide.mpp_source == "forced"
+        assert open_all([ours, theirs], force_mpp=1.0) == [ours, theirs]  # opened already
+
+    def test_what_was_not_painted_by_us_says_nothing(self, slide: Slide, tmp_path: Path) -> None:
+        assert painted_after(slide.path) is None
+        (tmp_path / "folder").mkdir()
+        assert painted_after(tmp_path / "folder") is None

@@ -1,0 +1,174 @@
+"""The two sides that are compared, and which synthetic slide follows which real one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .embed import find_slides, slide_fingerprint
+from .grid import Grid
+from .progress import Tell, Told
+from .samples import Field, field_of
+from .slide import Slide, open_slide
+
+
+def painted_after(path: Path) -> dict[str, Any] | None:
+    """What a painting of ours says of itself, or None."""
+    import zarr
+
+    if not path.is_dir():
+        return None
+    try:
+        about = zarr.open_group(path, mode="r").attrs.get("wsi_brush")
+    except (OSError, ValueError, KeyError):
+        return None
+    return dict(about) if isinstance(about, dict) and about.get("synthetic") else None
+
+
+class Pair(NamedTuple):
+    """A synthetic field and the real one that it follows, by their numbers; `down` and `right`: where the corner of
+    the synthetic one lies on the real slide, µm."""
+
+    real: int
+    synthetic: int
+    down: float
+    right: float
+
+    def there(self, grid: Grid) -> Grid:
+        """The place on the real slide of a square of the synthetic one, to the nearest pixel."""
+        return self._moved(grid, 1)
+
+    def here(self, grid: Grid) -> Grid:
+        """The other way: the place on the synthetic slide of a square of the real one."""
+        return self._moved(grid, -1)
+
+    def _moved(self, grid: Grid, way: int) -> Grid:
+        top, left = (way * round(shift / grid.mpp) for shift in (self.down, self.right))
+        return Grid(grid.mpp, grid.top + top, grid.left + left, grid.height, grid.width)
+
+
+@dataclass
+class Sides:
+    """The two sides, and which synthetic field follows which real one."""
+
+    real: list[Field]
+    synthetic: list[Field]
+    pairs: list[Pair]
+    notes: list[str] = field(default_factory=list)
+    brushes: list[dict[str, Any]] = field(default_factory=list)
+
+
+def open_all(
+    paths: Iterable[Slide | Path | str], *, assume_mpp: float | None = None, force_mpp: float | None = None
+) -> list[Slide]:
+    """The slides of one side, each as often as it is named; one that is open already is taken as it is.
+
+    A painting of ours keeps the pixel size that it was painted with, whatever is forced on the others.
+
+    Raises:
+        SlideError: if one cannot be read.
+        UsageError: if a folder is empty.
+    """
+    found = []
+    for path in paths:
+        for one in [path] if isinstance(path, Slide) else find_slides([path]):
+            if not isinstance(one, Slide):
+                force = None if force_mpp is None or painted_after(one) else force_mpp
+                one = open_slide(one, assume_mpp=assume_mpp, force_mpp=force)
+            found.append(one)
+    return found
+
+
+def open_sides(
+    real: Iterable[Slide | Path | str], synthetic: Iterable[Slide | Path | str], *, assume_mpp: float | None = None,
+    force_mpp: float | None = None, tell: Tell | None = None,
+) -> Sides:  # fmt: skip
+    """Slides, pyramids, plain images and folders of them, as fields.
+
+    A painting of ours says which region of which slide it follows: that one is looked for among all real ones, by the
+    fingerprint of its file. Other slides, and older paintings, which name none, are pairs by their order where there
+    are as many of one side as of the other, and where the real slide (the region) is as large as the synthetic one.
+
+    Raises:
+        SlideError: if one cannot be read, or has no tissue.
+        UsageError: if a folder is empty.
+    """
+    slides = [open_all(paths, assume_mpp=assume_mpp, force_mpp=force_mpp) for paths in (real, synthetic)]
+    about = [painted_after(slide.path) for slide in slides[1]]
+    sides = Sides([], [], [], brushes=[one for one in about if one is not None])
+    matched = _matched(slides[0], slides[1], about, sides.notes)
+    places: list[list[tuple[int, Grid]]] = [[] for _ in slides[0]]  # which synthetic slides follow each real one, where
+    for number, found in enumerate(matched):
+        if found is not None:
+            places[found[0]].append((number, found[1]))
+    told = Told(tell, "looking for tissue", len(slides[1]) + sum(max(len(followed), 1) for followed in places))
+
+    def field(slide: Slide, area: Grid | None = None) -> Field:
+        one = field_of(slide, area)
+        told.add()
+        return one
+
+    for slide, followed in zip(slides[0], places, strict=True):
+        for number, place in followed:
+            sides.pairs.append(Pair(len(sides.real), number, *place.extent[:2]))
+            sides.real.append(field(slide, place))
+        if not followed:
+            sides.real.append(field(slide))
+    sides.synthetic = [field(slide) for slide in slides[1]]
+    pitches = sorted({round(one.mpp, 4) for side in slides for one in side})
+    if pitches[-1] > pitches[0] * 1.01:
+        sides.notes.append(f"pixel sizes from {pitches[0]:g} to {pitches[-1]:g} µm: all are read at the same pitches")
+    return sides
+
+
+def _matched(
+    real: list[Slide], synthetic: list[Slide], about: list[dict[str, Any] | None], notes: list[str]
+) -> list[tuple[int, Grid] | None]:
+    """For each synthetic slide the number of the real one that it follows and the place there, if that is known."""
+    named = [(made or {}).get("reference", {}).get("fingerprint") for made in about]
+    prints = [slide_fingerprint(one.path) for one in real] if any(named) else []
+    found: list[tuple[int, Grid] | None] = []
+    for number, (slide, made, name) in enumerate(zip(synthetic, about, named, strict=True)):
+        among = [number] if len(real) == len(synthetic) else []
+        if name:
+            among = [k for k, digits in enumerate(prints) if digits.startswith(str(name))]
+        mine = number if number in among else among[0] if among else None
+        place = None if mine is None else _place(real[mine], slide, made)
+        found.append(None if mine is None or place is None else (mine, place))
+        if name and mine is None:
+            notes.append(f"{slide.path.name}: painted after none of the real slides, so no pair")
+        elif mine is not None and place is None:
+            notes.append(f"{slide.path.name}: {_unlike(real[mine], made)}, so no pair")
+    if len(real) != len(synthetic) and not any(found):
+        notes.append(f"{len(real)} real and {len(synthetic)} synthetic: not paired, so nothing is said about control")
+    return found
+
+
+def _unlike(real: Slide, made: dict[str, Any] | None) -> str:
+    """Why a slide is none that was painted after a real one."""
+    if made is None:
+        return f"of another size than {real.path.name}"
+    reference, name = made.get("reference", {}), real.path.name
+    if "fingerprint" not in reference:
+        return f"not painted after {name}"
+    if f"{reference['mpp']:.4g}" != f"{real.mpp:.4g}":
+        return f"painted after {name} with pixels of {reference['mpp']:.4g} µm, which now has {real.mpp:.4g}"
+    return f"painted after more than {name} holds"
+
+
+def _place(real: Slide, synthetic: Slide, made: dict[str, Any] | None) -> Grid | None:
+    """Where a synthetic slide lies on its real one (level-0 pixels), if that is known."""
+    place = real.grid
+    if made is not None:
+        reference = made.get("reference", {})
+        if abs(real.mpp / reference.get("mpp", math.inf) - 1) > 1e-3:
+            return None
+        place = Grid(real.mpp, *reference["region"])
+        if place.clip(real.grid) != place:
+            return None
+    sizes = [[length * one.mpp for length in one.shape] for one in (place, synthetic.grid)]
+    most = 2 * max(real.mpp, synthetic.mpp)
+    return place if all(abs(one - other) <= most for one, other in zip(*sizes, strict=True)) else None
