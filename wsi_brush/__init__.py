@@ -20,7 +20,8 @@ The modules, in the order of the data; a module imports only what stands above i
     distances     how unlike two sets of vectors are
     field         NoiseField: noise that is a function, read by address
     coordinates   TrainingPack, CoordinateSampler: points, values and conditions at random places
-    operators     kernel-integral, cross-attention and self-attention operators; splat and gather
+    operators     kernel-integral, cross-attention and self-attention operators
+    splat         points to the nodes of a coarse grid, and nodes to points
     condition     what a scene shows: embeddings as functions on it, and as sets of tokens
     denoiser      Denoiser: the conditional operator, a sparse level and a grid level
     diffusion     forward process, objective, noise levels, solvers

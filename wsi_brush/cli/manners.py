@@ -56,12 +56,12 @@ def interrupted() -> NoReturn:
     os._exit(130)
 
 
-def prepare(threads: int) -> None:
+def prepare(threads: int, *, largest: int | None = None) -> None:
     import torch
 
     from ..machine import keep_memory
 
-    keep_memory()
+    keep_memory(largest)
     if threads:
         torch.set_num_threads(threads)
 
