@@ -348,7 +348,7 @@ def test_images_are_whole_where_there_are_enough(count: int, side: int, expected
         Field(f"{k}", _Blank(f"{k}"), Grid(0.5, 0, 0, side, side), np.ones((side // 16, side // 16), np.bool_))  # type: ignore[arg-type]
         for k in range(count)
     ]
-    assert image_side(Sides(fields, fields, []), 0.5, most=1536, seed=0) == expected
+    assert image_side(Sides(fields, fields, []), 0.5) == expected
 
 
 # -- without weights -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -243,7 +244,7 @@ def published(
     Raises:
         SlideError: if a network's numbers are not finite.
     """
-    image = image_side(sides, mpp, most=most, seed=seed)
+    image = image_side(sides, mpp)
     found: dict[str, Any] = {"mpp": round(mpp, 5), "thumbnail": THUMBNAIL, "image": image}
     for name, network, side in (("clip", networks.clip, image), ("crop", networks.inception, CROP)):
         if network is None:
@@ -257,10 +258,10 @@ def published(
     return found
 
 
-def image_side(sides: Sides, mpp: float, *, most: int, seed: int) -> int:
-    """Side of the images of which a CLIP FID is taken, pixels."""
+def image_side(sides: Sides, mpp: float) -> int:
+    """Side of the images of which a CLIP FID is taken, pixels: it depends on the slides alone."""
     for side in _IMAGES:
-        real, other = (spots_of(fields, mpp, side, most=most, seed=seed) for fields in (sides.real, sides.synthetic))
+        real, other = (spots_of(fields, mpp, side, most=sys.maxsize) for fields in (sides.real, sides.synthetic))
         if min(len(other), *map(len, halves(sides.real, real))) >= _FEWEST:
             return side
     return _IMAGES[-1]
