@@ -39,6 +39,7 @@ The modules, in the order of the data; a module imports only what stands above i
     samples       what is looked at when slides are compared: tiles at chosen places
     texture       what a picture of H&E is made of, in figures that need no network
     likeness      how like two sides are
+    published     the figures that papers print, in the networks that they use
     control       whether a painting shows what it was asked for
     evaluate      verb: real and synthetic slides -> figures
     report        figures and pictures as a folder to be read

@@ -16,6 +16,7 @@ from .embed import TileEncoder
 from .errors import UsageError
 from .likeness import borders, distribution, see, texture
 from .progress import Tell
+from .published import Networks, published
 from .samples import Codec, Field, Sides, open_sides, shows
 
 SCALES = (0.5, 2.0, 8.0)
@@ -30,12 +31,13 @@ class Opened(Protocol):
 
 def evaluate_slides(
     real: Iterable[Path | str], synthetic: Iterable[Path | str], *, encoder: TileEncoder, codec: str = "jpeg:90",
-    assume_mpp: float | None = None, most: int = 1536, seed: int = 0, tell: Tell | None = None,
-    then: Opened | None = None,
+    assume_mpp: float | None = None, most: int = 1536, seed: int = 0, networks: Networks | None = None,
+    tell: Tell | None = None, then: Opened | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """All figures of two sides, ready for JSON; see README, "Evaluate", for what each means.
 
-    `most`: tiles of a side and scale that are looked at; `then` has them and the slides at the end (`report`).
+    `most`: tiles of a side and scale that are looked at; `networks`: those of the figures that papers print, if these
+    are wanted (`published.find_networks`); `then` has them and the slides at the end (`report`).
 
     Raises:
         SlideError, PixelSizeError: if a slide cannot be read, or holds no tissue.
@@ -71,6 +73,10 @@ def evaluate_slides(
         control(sides, [encoder, Descriptor()], one_codec, scales, most=min(most, 256), seed=seed, tell=tell)
         if sides.pairs else None
     )  # fmt: skip
+    figures["published"] = None
+    if networks is not None:
+        sides.notes.extend([networks.missing] if networks.missing else [])
+        figures["published"] = published(sides, networks, one_codec, mpp=finest, most=most, seed=seed, tell=tell)
     figures["notes"], figures["seconds"] = sides.notes, round(time.monotonic() - start, 1)
     if then is not None:
         then(sides, figures)

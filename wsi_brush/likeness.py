@@ -7,7 +7,7 @@ same number of tiles; both have a bootstrap interval over blocks of neighbouring
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,18 +28,25 @@ _SEAM = 4096  # pixels a side that are searched for seams at most
 _LIMITS = {"frechet": (0.0, math.inf), "kernel": (-math.inf, math.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0),
            "density": (0.0, math.inf), "coverage": (0.0, 1.0)}  # fmt: skip
 _FEW = 8  # blocks of tiles; of fewer, no interval is drawn
+_WIDE = 1024  # numbers of a vector; of more, the Fréchet distance alone takes seconds, and a bootstrap hours
+_AT_ONCE = 2**22  # pixels of tiles that are read at once
 
 
 def measured(
     names: Sequence[str], figure: Callable[[Vectors, Vectors], Any], first: Vectors, second: Vectors, other: Vectors, *,
     groups: tuple[Groups, Groups, Groups], seed: int, draws: int = 100,
+    beside_second: Mapping[str, Vectors] | None = None,
 ) -> dict[str, dict[str, float | None]]:  # fmt: skip
-    """Figures between a real half and the synthetic side, and between the real halves, each with its interval."""
+    """Figures between a real half and the synthetic side, and between the real halves, each with its interval.
+
+    `beside_second`: other vectors for the places of the second half, which are compared with the first one too.
+    """
     found: dict[str, dict[str, float | None]] = {name: {} for name in names}
-    for start, one, mine in (("", other, groups[2]), ("floor", second, groups[1])):
+    more = [(name, vectors, groups[1]) for name, vectors in (beside_second or {}).items()]
+    for start, one, mine in (("", other, groups[2]), ("floor", second, groups[1]), *more):
         values = np.atleast_1d(figure(first, one))
         edges: Any = [[None] * len(names)] * 2
-        if min(len(np.unique(ids)) for ids in (groups[0], mine)) >= _FEW:
+        if draws and min(len(np.unique(ids)) for ids in (groups[0], mine)) >= _FEW:
             edges = interval(figure, first, one, seed=seed, draws=draws, groups=(groups[0], mine))
         for name, value, low, high in zip(names, values, *map(np.atleast_1d, edges), strict=True):
             before = f"{start}_" if start else ""
@@ -65,20 +72,22 @@ class Seen:
 
 
 def see(
-    sides: Sides, mpp: float, encoder: TileEncoder, codec: Codec, *, most: int, seed: int, tell: Tell | None = None
-) -> Seen:
-    """Embed the tiles of both sides at one pitch.
+    sides: Sides, mpp: float, encoder: TileEncoder, codec: Codec, *, most: int, seed: int, tell: Tell | None = None,
+    words: str = "embedding",
+) -> Seen:  # fmt: skip
+    """Embed the tiles of both sides at one pitch; `words` are for `tell`.
 
     Raises:
         SlideError: if an embedding is not finite.
     """
     both = (sides.real, sides.synthetic)
     spots = tuple(spots_of(fields, mpp, encoder.tile, most=most, seed=seed) for fields in both)
-    told, found = Told(tell, f"embedding at {mpp:g} µm", sum(map(len, spots))), []
+    told, found = Told(tell, f"{words} at {mpp:g} µm", sum(map(len, spots))), []
+    batch = min(64, max(1, _AT_ONCE // encoder.tile**2))
     for fields, mine in zip(both, spots, strict=True):
         vectors = np.zeros((len(mine), encoder.dim))
         done = 0
-        for tiles in read_spots(fields, mine, codec):
+        for tiles in read_spots(fields, mine, codec, batch=batch):
             vectors[done : done + len(tiles)] = encoder(tiles)
             if not np.isfinite(vectors[done : done + len(tiles)]).all():
                 name = fields[mine[done].field].slide.path
@@ -89,11 +98,12 @@ def see(
     return Seen((spots[0], spots[1]), (found[0], found[1]), halves(sides.real, spots[0]))
 
 
-def distribution(sides: Sides, seen: Seen, *, seed: int) -> dict[str, Any]:
+def distribution(sides: Sides, seen: Seen, *, seed: int, thumbnail: Vectors | None = None) -> dict[str, Any]:
     """Fréchet and kernel distance, precision, recall, density and coverage of one scale, at equal numbers of tiles.
 
     One real half is compared with the other (the floor), and with the synthetic tiles that lie where the other half
-    does; where nothing is paired, with any.
+    does; where nothing is paired, with any. `thumbnail`: a vector for each real tile, of which those of the second half
+    are compared too (`published`).
     """
     first, second = seen.parts
     theirs = _beside_second(sides, seen)
@@ -109,9 +119,12 @@ def distribution(sides: Sides, seen: Seen, *, seed: int) -> dict[str, Any]:
     sets = seen.vectors[0][rows[0]], seen.vectors[0][rows[1]], seen.vectors[1][rows[2]]
     numbers = blocks(sides.real, seen.spots[0]), blocks(sides.synthetic, seen.spots[1])
     groups = numbers[0][rows[0]], numbers[0][rows[1]], numbers[1][rows[2]]
-    said = partial(measured, first=sets[0], second=sets[1], other=sets[2], groups=groups, seed=seed)
+    beside = None if thumbnail is None else {"thumbnail": thumbnail[rows[1]]}
+    said = partial(
+        measured, first=sets[0], second=sets[1], other=sets[2], groups=groups, seed=seed, beside_second=beside
+    )
     if count >= 1.25 * dim:
-        found |= said(["frechet"], frechet)
+        found |= said(["frechet"], frechet, draws=100 if dim <= _WIDE else 0)
     else:
         found["frechet"] = {"missing": f"{count} tiles of {dim} numbers have no covariance; see the kernel distance"}
     return found | said(["kernel"], kernel_distance) | said(list(Overlap._fields), _overlap)

@@ -97,11 +97,17 @@ def halves(fields: Sequence[Field], spots: Sequence[Spot]) -> tuple[list[int], l
 
     The halves are the black and the white squares of a chessboard on every slide, so that both show the same kinds of
     tissue, and share no pixel. A square is 4 spots wide; 3 or 2 where a field would have fewer than 4 x 4 of them.
+    Where a field is smaller than 4 spots, whole fields are divided in turn; those that share pixels stay together.
     """
     parts: tuple[list[int], list[int]] = ([], [])
     if not spots:
         return parts
     side, width = spots[0].grid.height, _square(fields, spots)
+    apart = _apart(fields) if _across(fields, spots) < 4 else [0]
+    if max(apart):
+        for number, spot in enumerate(spots):
+            parts[apart[spot.field] % 2].append(number)
+        return parts
     for number, (_, grid) in enumerate(spots):
         (row, down), (column, right) = divmod(grid.top, width), divmod(grid.left, width)
         if max(down, right) + side <= width:
@@ -111,9 +117,24 @@ def halves(fields: Sequence[Field], spots: Sequence[Spot]) -> tuple[list[int], l
 
 def _square(fields: Sequence[Field], spots: Sequence[Spot]) -> int:
     """Side of the chessboard's squares, pixels."""
+    return spots[0].grid.height * min(4, max(2, int(_across(fields, spots) / 4)))
+
+
+def _across(fields: Sequence[Field], spots: Sequence[Spot]) -> float:
+    """How many spots the smallest field is wide or high."""
     side, mpp = spots[0].grid.height, spots[0].grid.mpp
-    across = min(length * one.slide.mpp / mpp / side for one in fields for length in one.area.shape)
-    return side * min(4, max(2, int(across / 4)))
+    return min(length * one.slide.mpp / mpp / side for one in fields for length in one.area.shape)
+
+
+def _apart(fields: Sequence[Field]) -> list[int]:
+    """A number for each field, from 0, the same for those that share pixels."""
+    from scipy.sparse.csgraph import connected_components
+
+    meet = [
+        [one.slide.path == other.slide.path and min(one.area.clip(other.area).shape) > 0 for other in fields]
+        for one in fields
+    ]
+    return [int(number) for number in connected_components(np.array(meet), directed=False)[1]]
 
 
 def blocks(fields: Sequence[Field], spots: Sequence[Spot]) -> NDArray[np.intp]:

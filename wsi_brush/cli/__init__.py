@@ -248,6 +248,10 @@ def evaluate(
     codec: Annotated[str, typer.Option(help="What both sides go through first: jpeg:Q or none.")] = "jpeg:90",
     most: Annotated[int, typer.Option(help="Tiles of a side and scale that are looked at.", min=16)] = 1536,
     seed: Annotated[int, typer.Option(help="Draws tiles and intervals.", min=0)] = 0,
+    published: Annotated[
+        bool, typer.Option("--published", help="Also CLIP FID and Crop FID; their weights come from your caches.")
+    ] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the weights that --published lacks.")] = False,
     assume_mpp: AssumeMpp = None,
     overwrite: Overwrite = False,
     threads: Threads = 0,
@@ -261,21 +265,26 @@ def evaluate(
         from ..commit import check_target
         from ..encoder import load_encoder
         from ..evaluate import evaluate_slides
+        from ..published import find_networks
         from ..report import KIND, write_report
         from ..samples import Codec, open_all
 
         Codec(codec)
+        if download and not published:
+            raise UsageError("--download: nothing is fetched without --published")
         sides = [open_all(paths, assume_mpp=assume_mpp) for paths in (real, synthetic)]  # what is none is said at once
         prepare(threads)
         loaded = load_encoder(encoder)
         if dry_run:
-            print_plan(plans.plan_evaluation(sides, loaded, out, most), json_)
+            print_plan(plans.plan_evaluation(sides, loaded, out, most, published), json_)
             return
         check_target(out, kind=KIND, overwrite=overwrite)
         with Shown(quiet) as progress:
+            networks = find_networks(download=download, tell=progress) if published else None
             figures = evaluate_slides(
                 real, synthetic, encoder=loaded, codec=codec, assume_mpp=assume_mpp, most=most, seed=seed,
-                tell=progress, then=lambda sides, figures: write_report(out, sides, figures, overwrite=overwrite),
+                networks=networks, tell=progress,
+                then=lambda sides, figures: write_report(out, sides, figures, overwrite=overwrite),
             )  # fmt: skip
         if json_:
             typer.echo(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False))
