@@ -27,6 +27,7 @@ The modules, in the order of the data; a module imports only what stands above i
     diffusion     forward process, objective, noise levels, solvers
     objective     what a training step minimises: the loss at windows and at scattered points
     optimiser     how weights follow their gradients: Muon and AdamW
+    baselines     System: the rivals of the paper's tables, trained and used as a brush is
     brush         Brush: a trained denoiser and all it needs
     recipe        what a training run is made of: a TOML file, checked
     train         verb: pack -> brush
