@@ -26,8 +26,8 @@ from wsi_brush.coordinates import (
 from wsi_brush.embed import PITCHES
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.grid import Grid
-from wsi_brush.operators import interpolate
 from wsi_brush.slide import open_slide
+from wsi_brush.splat import interpolate
 from wsi_brush.tissue import find_tissue
 
 TILE = 32

@@ -18,7 +18,8 @@ from wsi_brush.denoiser import (
 )
 from wsi_brush.field import mollify
 from wsi_brush.grid import Grid
-from wsi_brush.operators import Scatter, nodes, positional, splat
+from wsi_brush.operators import Scatter
+from wsi_brush.splat import nodes, positional, splat
 
 SMALL = DenoiserConfig(dim=5, width=8, depth=(1, 1, 2), layout=2, heads=2, tokens=3)
 DEEP = replace(SMALL, depth=(2, 1, 3), mollifier=1.0)
@@ -87,8 +88,9 @@ def tile_of(
     corner = torch.full((len(x),), float(window.top)), torch.full((len(x),), float(window.left))
     part = x[:, :, window.top : window.bottom, window.left : window.right]
     around = tile.top - window.top, tile.left - window.left, window.bottom - tile.bottom, window.right - tile.right
-    features = denoiser.descend(part, setting)
-    return denoiser.ascend(features, setting, grid, memory, corner=corner, around=around)[0]
+    fine, mid, deep = denoiser.descend(part, setting)
+    risen = denoiser.rise(mid, deep, setting, grid, memory, corner=corner, around=around)
+    return denoiser.finish(fine, risen, setting, around=around)
 
 
 def tiles(canvas: tuple[int, int], height: int, width: int, top: int, left: int) -> Iterator[Grid]:

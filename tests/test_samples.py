@@ -91,6 +91,19 @@ def test_halves_share_no_pixel_and_both_see_everything(height: int, width: int, 
     assert 0.3 < seen[0].sum() / seen[1].sum() < 3
 
 
+def test_fields_of_one_spot_are_divided_whole_and_those_that_overlap_stay_together() -> None:
+    slides = [_Blank("one"), _Blank("one"), _Blank("one"), _Blank("other"), _Blank("third")]
+    places = [(0, 0), (0, 96), (0, 240), (0, 0), (0, 0)]
+    fields = [
+        Field("made", slide, Grid(0.5, *place, 128, 128), np.ones((8, 8), np.bool_))  # type: ignore[arg-type]
+        for slide, place in zip(slides, places, strict=True)
+    ]
+    spots = spots_of(fields, 0.5, 128)
+    assert [spot.field for spot in spots] == [0, 1, 2, 3, 4]
+    assert halves(fields, spots) == ([0, 1, 3], [2, 4])
+    assert halves(fields[:2], spots[:2])[1] == []  # all share pixels, so nothing is disjoint
+
+
 class _Blank:
     """Of a slide, only what finding spots needs."""
 

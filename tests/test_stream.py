@@ -16,8 +16,8 @@ from wsi_brush.denoiser import NODE
 from wsi_brush.diffusion import coefficients
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
-from wsi_brush.operators import nodes, splat
 from wsi_brush.scratch import CHUNK
+from wsi_brush.splat import nodes, splat
 from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import CanvasDenoiser, tiles_of
 

@@ -24,9 +24,9 @@ from wsi_brush.diffusion import Ladder
 from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushError
 from wsi_brush.field import mollify
 from wsi_brush.objective import _gathered, _maps, _scatter, draw_sigma, losses, mollified_at
-from wsi_brush.operators import nodes, splat
 from wsi_brush.recipe import Optimisation, SlideSource, TrainConfig, read_config
 from wsi_brush.slide import open_slide
+from wsi_brush.splat import nodes, splat
 from wsi_brush.train import _Run, train_brush
 
 

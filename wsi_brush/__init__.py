@@ -20,12 +20,14 @@ The modules, in the order of the data; a module imports only what stands above i
     distances     how unlike two sets of vectors are
     field         NoiseField: noise that is a function, read by address
     coordinates   TrainingPack, CoordinateSampler: points, values and conditions at random places
-    operators     kernel-integral, cross-attention and self-attention operators; splat and gather
+    operators     kernel-integral, cross-attention and self-attention operators
+    splat         points to the nodes of a coarse grid, and nodes to points
     condition     what a scene shows: embeddings as functions on it, and as sets of tokens
     denoiser      Denoiser: the conditional operator, a sparse level and a grid level
     diffusion     forward process, objective, noise levels, solvers
     objective     what a training step minimises: the loss at windows and at scattered points
     optimiser     how weights follow their gradients: Muon and AdamW
+    baselines     System: the rivals of the paper's tables, trained and used as a brush is
     brush         Brush: a trained denoiser and all it needs
     recipe        what a training run is made of: a TOML file, checked
     train         verb: pack -> brush
@@ -40,6 +42,7 @@ The modules, in the order of the data; a module imports only what stands above i
     texture       what a picture of H&E is made of, in figures that need no network
     likeness      how like two sides are
     borders       whether the lattices that a painting is made on are seen in it
+    published     the figures that papers print, in the networks that they use
     control       whether a painting shows what it was asked for
     evaluate      verb: real and synthetic slides -> figures
     report        figures and pictures as a folder to be read

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operators import interpolate, interpolate_at, positional
+from .splat import interpolate, interpolate_at, positional
 
 PLACES = 36  # positional features
 

@@ -15,7 +15,7 @@ each; here global tokens made by the layout take its place (`reference` order: s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -32,11 +32,10 @@ from .operators import (
     Refine,
     Scatter,
     SelfAttention,
-    interpolate,
-    interpolate_at,
-    splat,
-    splat_at,
+    by_bands,
+    through,
 )
+from .splat import interpolate, interpolate_at, splat, splat_at
 
 CELL = 8  # pixels between the points of the coarsest local lattice
 NODE = 32  # pixels between the nodes of the grid level
@@ -192,22 +191,30 @@ class Denoiser(nn.Module):
 
     def sketch(self, x: Tensor, setting: Setting) -> Tensor:
         """The splat of a window: (n, 3, h, w) with h, w multiples of NODE -> (n, h / 32, w / 32, 4, c)."""
-        u = mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous()
+        u = self._mollified(x, lambda u: functional.gelu(self.sketch_in[0](u)))
         return splat(self._sketch(u, setting), NODE // CELL)
 
+    def _mollified(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
+        """`then`, which leads to twice the pitch, of A x on the lattice (n, h, w, 3)."""
+
+        def work(u: Tensor) -> Tensor:
+            return then(mollify(u.permute(0, 3, 1, 2), self.config.mollifier).permute(0, 2, 3, 1).contiguous())
+
+        halo = -(-mollifier_radius(self.config.mollifier) // 2)
+        return by_bands(work, x.shape[2] // 2, x.permute(0, 2, 3, 1), halo=halo)
+
     def _sketch(self, u: Tensor, setting: Setting, scatter: Scatter | None = None) -> Tensor:
+        """From features at 2 pixels to 8."""
         levels = scatter.levels if scatter is not None else (None, None, None)
-        for coarsen, cells in zip(self.sketch_in, levels, strict=True):
+        for coarsen, cells in zip(self.sketch_in[1:], levels[1:], strict=True):
             u = functional.gelu(coarsen(u, cells))
-        for block in self.sketch_block:
-            u = block(u, setting.signal, levels[-1])
-        return u
+        return through(self.sketch_block, u, setting.signal, levels[-1])
 
     def sketch_points(
         self, u: Tensor, scatter: Scatter, weight: float, setting: Setting, size: tuple[int, int]
     ) -> Tensor:
         """The splat of scattered points with quadrature weight `weight`, and its mass: (n, rows, columns, c + 1)."""
-        u = self._sketch(u, setting, scatter)
+        u = self._sketch(functional.gelu(self.sketch_in[0](u, scatter.levels[0])), setting, scatter)
         cells = scatter.levels[-1]
         rows, columns = ((place + 0.5) * CELL / NODE for place in (cells.rows, cells.columns))
         u = torch.cat([u, torch.ones_like(u[:, :1])], -1) * weight
@@ -239,8 +246,7 @@ class Denoiser(nn.Module):
         at_rows = (row + torch.arange(total.shape[1], device=total.device)) * float(NODE)
         at_columns = torch.arange(total.shape[2], device=total.device) * float(NODE)
         u = self.layout_in(total / mass.clamp_min(1e-6)) + setting.read(at_rows, at_columns)
-        for block in self.layout_blocks[: self.layout_halo[0]]:
-            u = block(u, setting.signal)
+        u = through(self.layout_blocks[: self.layout_halo[0]], u, setting.signal)
         places = [setting.places(at_rows, at_columns, scene) for scene in range(len(total))]
         return u, self.place(torch.stack(places))
 
@@ -248,9 +254,7 @@ class Denoiser(nn.Module):
         """And of all others: `sums` over all nodes, `memory` of the condition."""
         u = self.layout_self(u, place, sums)
         u = self.layout_cross(u, place, memory)
-        for block in self.layout_blocks[self.layout_halo[0] :]:
-            u = block(u, setting.signal)
-        return u
+        return through(self.layout_blocks[self.layout_halo[0] :], u, setting.signal)
 
     def token_parts(self, u: Tensor) -> TokenParts:
         """What some of the nodes add to the global tokens: means under a softmax over all nodes."""
@@ -279,27 +283,31 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """F at a window (n, 3, h, w), h and w multiples of CELL, whose corner lies at pixel `corner` = rows (n,),
         columns (n,) of its scene, multiples of CELL."""
-        return self.ascend(self.descend(x, setting), setting, grid, memory, corner=corner)[0]
+        fine, mid, deep = self.descend(x, setting)
+        return self.finish(fine, self.rise(mid, deep, setting, grid, memory, corner=corner), setting)
 
     def descend(self, x: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
-        """The first half of `paint`, which knows nothing of condition and layout: features at 2, 4 and 8 pixels."""
-        fine, mid = self._down(mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous(), setting)
+        """The way down, which knows nothing of condition and layout: features at 2, 4 and 8 pixels."""
+        fine, mid = self._down(self._mollified(x, self.enter2), setting)
         return fine, mid, self.enter8(mid)
 
-    def ascend(
-        self, features: tuple[Tensor, Tensor, Tensor], setting: Setting, grid: Tensor, memory: list[Tensor], *,
+    def rise(
+        self, mid: Tensor, deep: Tensor, setting: Setting, grid: Tensor, memory: list[Tensor], *,
         corner: tuple[Tensor, Tensor], node: tuple[int, int] = (0, 0), around: Around = (0, 0, 0, 0),
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The second half: F, and for `keep` the features at 4 pixels on the way up.
+    ) -> Tensor:  # fmt: skip
+        """The way up: features at 4 pixels, which reach `reaches[0]` pixels beyond what is wanted.
 
         `node`: the first row and column of nodes in `grid`; `around`: pixels at the window's sides (top, left, bottom,
-        right; multiples of CELL) that are not wanted, and not in the result.
+        right; multiples of CELL) that are not wanted.
         """
-        deep = _cut(features[-1], around, self.config.reaches[-1], CELL)
+        deep = _cut(deep, around, self.config.reaches[-1], CELL)
         top, left = (max(0, side - self.config.reaches[-1]) for side in around[:2])
         given, place = self._given(setting, grid, deep, corner=(corner[0] + top, corner[1] + left), node=node)
-        mid = self._up((*features[:2], deep), setting, given, place, memory, around=around)
-        return self._out(features[0], mid, setting, around=around).permute(0, 3, 1, 2), mid
+        return self._up(mid, deep, setting, given, place, memory, around=around)
+
+    def finish(self, fine: Tensor, mid: Tensor, setting: Setting, *, around: Around = (0, 0, 0, 0)) -> Tensor:
+        """F, (n, 3, h, w) of what is wanted of a window, from its features at 2 pixels and those that rose to 4."""
+        return self._out(fine, mid, setting, around=around).permute(0, 3, 1, 2)
 
     def _given(
         self, setting: Setting, grid: Tensor, deep: Tensor, *, corner: tuple[Tensor, Tensor], node: tuple[int, int]
@@ -314,9 +322,9 @@ class Denoiser(nn.Module):
             gathered.append(interpolate(grid[scene], at_rows / NODE - node[0], at_columns / NODE - node[1]))
         return torch.stack(reads) + self.gather(torch.stack(gathered)), self.place(torch.stack(places))
 
-    def keep(self, features: tuple[Tensor, Tensor, Tensor], mid: Tensor, around: Around) -> Tensor:
-        """What the level of 8 pixels and the way up add at 4 pixels, for `retouch`: from the two halves of `paint`."""
-        return mid - _cut(features[1], around, self.config.reaches[0], 4)
+    def keep(self, mid: Tensor, risen: Tensor, around: Around) -> Tensor:
+        """What the level of 8 pixels and the way up added at 4 pixels, for `retouch`: from `descend` and `rise`."""
+        return risen - _cut(mid, around, self.config.reaches[0], 4)
 
     def retouch(self, x: Tensor, setting: Setting, kept: Tensor, *, around: Around) -> Tensor:
         """F at a window (n, 3, h, w) without `around`, with what is deeper kept from an evaluation at a little more
@@ -325,9 +333,9 @@ class Denoiser(nn.Module):
         Deep features hardly change from step to step (DeepCache: Ma, Fang and Wang, CVPR 2024); where the noise of a
         mean over their cells is next to nothing they see what they saw before.
         """
-        fine, mid = self._down(mollify(x, self.config.mollifier).permute(0, 2, 3, 1).contiguous(), setting)
+        fine, mid = self._down(self._mollified(x, self.enter2), setting)
         mid = _cut(mid, around, self.config.reaches[0], 4) + kept
-        return self._out(fine, mid, setting, around=around).permute(0, 3, 1, 2)
+        return self.finish(fine, mid, setting, around=around)
 
     def paint_points(self, u: Tensor, scatter: Scatter, setting: Setting, grid: Tensor, memory: list[Tensor]) -> Tensor:
         """F at scattered points: mollified values (points, 3) -> (points, 3)."""
@@ -341,38 +349,30 @@ class Denoiser(nn.Module):
             read = read.index_copy(0, mine, setting.read_points(rows, columns, scene))
             place = place.index_copy(0, mine, setting.places_of_points(rows, columns, scene))
             layout = layout.index_copy(0, mine, interpolate_at(grid[scene], rows / NODE, columns / NODE))
-        fine, mid = self._down(u, setting, scatter)
-        given, features = read + self.gather(layout), (fine, mid, self.enter8(mid, cells))
-        mid = self._up(features, setting, given, self.place(place), memory, scatter)
+        fine, mid = self._down(self.enter2(u, scatter.levels[0]), setting, scatter)
+        given, deep = read + self.gather(layout), self.enter8(mid, cells)
+        mid = self._up(mid, deep, setting, given, self.place(place), memory, scatter)
         return self._out(fine, mid, setting, scatter)
 
-    def _down(self, u: Tensor, setting: Setting, scatter: Scatter | None = None) -> tuple[Tensor, Tensor]:
+    def _down(self, fine: Tensor, setting: Setting, scatter: Scatter | None = None) -> tuple[Tensor, Tensor]:
         at2, at4, _ = scatter.levels if scatter is not None else (None, None, None)
-        fine = self.enter2(u, at2)
-        for block in self.down2:
-            fine = block(fine, setting.signal, at2)
-        mid = self.enter4(fine, at4)
-        for block in self.down4:
-            mid = block(mid, setting.signal, at4)
-        return fine, mid
+        fine = through(self.down2, fine, setting.signal, at2)
+        return fine, through(self.down4, self.enter4(fine, at4), setting.signal, at4)
 
     def _up(
-        self, features: tuple[Tensor, Tensor, Tensor], setting: Setting, given: Tensor, place: Tensor,
-        memory: list[Tensor], scatter: Scatter | None = None, *, around: Around = (0, 0, 0, 0),
+        self, mid: Tensor, deep: Tensor, setting: Setting, given: Tensor, place: Tensor, memory: list[Tensor],
+        scatter: Scatter | None = None, *, around: Around = (0, 0, 0, 0),
     ) -> Tensor:  # fmt: skip
         _, at4, at8 = scatter.levels if scatter is not None else (None, None, None)
-        (_, mid, u), (_, mid_reach, reach) = features, self.config.reaches
-        u = u + given
+        u, (_, mid_reach, reach) = deep + given, self.config.reaches
         for depth, block in enumerate(self.middle8):
-            u = block(u, setting.signal, at8)
+            u = through([block], u, setting.signal, at8)
             # every operator leaves out what lies further off than those to come can see
-            u, place = (_cut(one, _left(around, reach), reach - CELL, CELL).contiguous() for one in (u, place))
+            u = _cut(u, _left(around, reach), reach - CELL, CELL).contiguous()
             reach -= CELL
             if depth == max(len(self.middle8) // 2, 1) - 1:
-                u = self.cross8(u, place, memory, at8)
-        mid = self.leave8(u, at8, onto=_cut(mid, around, mid_reach, 4))
-        for block in self.up4:
-            mid = block(mid, setting.signal, at4)
+                u = self.cross8(u, _cut(place, _left(around, self.config.reaches[-1]), reach, CELL), memory, at8)
+        mid = through(self.up4, self.leave8(u, at8, onto=_cut(mid, around, mid_reach, 4)), setting.signal, at4)
         return _cut(mid, _left(around, mid_reach), self.config.reaches[0], 4)
 
     def _out(
@@ -381,9 +381,7 @@ class Denoiser(nn.Module):
     ) -> Tensor:  # fmt: skip
         at2, at4, _ = scatter.levels if scatter is not None else (None, None, None)
         reach = self.config.reaches[0]
-        fine = self.leave4(mid, at4, onto=_cut(fine, around, reach, 2))
-        for block in self.up2:
-            fine = block(fine, setting.signal, at2)
+        fine = through(self.up2, self.leave4(mid, at4, onto=_cut(fine, around, reach, 2)), setting.signal, at2)
         out: Tensor = self.leave2(_cut(fine, _left(around, reach), 0, 2), at2)
         return out
 

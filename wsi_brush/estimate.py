@@ -10,6 +10,7 @@ import torch
 
 from .brush import Brush
 from .denoiser import NODE
+from .embed import TileEncoder
 from .encoder import Encoder
 from .grid import Grid
 from .paint import Painting, budget, guidance_at, stages, whole
@@ -76,11 +77,11 @@ def embedding_seconds(encoder: Encoder, brush: Brush, canvas: Grid) -> float:
     return encoder_seconds(encoder, 3.0 * sum(canvas.height * canvas.width / side**2 for side in sides))
 
 
-def encoder_seconds(encoder: Encoder, tiles: float) -> float:
+def encoder_seconds(encoder: TileEncoder, tiles: float, *, batch: int = 64) -> float:
     """Seconds of the encoder for so many tiles: a batch of blank ones is timed, after one that warms up."""
-    batch = np.zeros((64, encoder.tile, encoder.tile, 3), np.uint8)
-    encoder(batch)
-    return _seconds(lambda: encoder(batch)) * tiles / len(batch)
+    blank = np.zeros((batch, encoder.tile, encoder.tile, 3), np.uint8)
+    encoder(blank)
+    return _seconds(lambda: encoder(blank)) * tiles / batch
 
 
 def _embeddings(brush: Brush, canvas: Grid) -> dict[float, EmbeddingMap]:

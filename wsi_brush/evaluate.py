@@ -17,6 +17,7 @@ from .embed import TileEncoder
 from .errors import UsageError
 from .likeness import distribution, see, texture
 from .progress import Tell
+from .published import Networks, published
 from .samples import Codec, Field, shows
 from .sides import Sides
 
@@ -35,11 +36,12 @@ def check_encoders(encoders: Sequence[TileEncoder]) -> None:
 
 def evaluate_slides(
     sides: Sides, *, encoders: Sequence[TileEncoder], codec: str = "jpeg:90", most: int = 1536, seed: int = 0,
-    tell: Tell | None = None,
+    networks: Networks | None = None, tell: Tell | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """All figures of two sides (`samples.open_sides`), ready for JSON; see README, "Evaluate", for what each means.
 
-    `most`: tiles of a side and scale that are looked at.
+    `most`: tiles of a side and scale that are looked at; `networks`: those of the figures that papers print, if these
+    are wanted (`published.find_networks`).
 
     Raises:
         SlideError: if a slide cannot be read.
@@ -79,6 +81,10 @@ def evaluate_slides(
         control(sides, [*encoders, Descriptor()], one_codec, scales, most=min(most, 256), seed=seed, tell=tell)
         if sides.pairs else None
     )  # fmt: skip
+    figures["published"] = None
+    if networks is not None:
+        notes.extend([networks.missing] if networks.missing else [])
+        figures["published"] = published(sides, networks, one_codec, mpp=finest, most=most, seed=seed, tell=tell)
     return figures | {"notes": notes, "seconds": round(time.monotonic() - start, 1)}
 
 

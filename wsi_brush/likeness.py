@@ -28,6 +28,7 @@ _SHARP = 1.0  # µm: the coarsest pitch at which nuclei are looked for
 _PIXELS = 1000  # of a window, for stain
 _LIMITS = {"kernel": (-math.inf, math.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0), "coverage": (0.0, 1.0)}
 _FEW = 8  # blocks; of fewer, no interval is drawn
+_WIDE = 1024  # numbers of a vector; of more, the Fréchet distance alone takes seconds, and a bootstrap hours
 _LEAST, _NEIGHBOURS = 8, 20  # tiles a half, without which nothing is said, and nothing of neighbourhoods
 
 
@@ -108,11 +109,12 @@ def see(
     return [found[encoder.name] for encoder in encoders]
 
 
-def distribution(sides: Sides, seen: Seen, *, seed: int) -> dict[str, Any]:
+def distribution(sides: Sides, seen: Seen, *, seed: int, thumbnail: Vectors | None = None) -> dict[str, Any]:
     """Fréchet and kernel distance, precision, recall, density and coverage of one scale, at equal numbers of tiles.
 
     One real half is compared with the other (the floor), and with the synthetic tiles that lie where the other half
-    does; where nothing is paired, with any.
+    does; where nothing is paired, with any. `thumbnail`: a vector for each real tile, of which those of the second half
+    are compared too (`published`).
     """
     first, second = seen.parts
     theirs = _beside_second(sides, seen.spots[1])
@@ -124,12 +126,17 @@ def distribution(sides: Sides, seen: Seen, *, seed: int) -> dict[str, Any]:
             "missing": f"{count} tiles{side} in a half; {_LEAST} are needed: give larger regions, or more pairs"
         }
     numbers = blocks(sides.real, seen.spots[0]), blocks(sides.synthetic, seen.spots[1])
-    rows = []
-    for which, part in ((0, first), (0, second), (1, theirs)):
+
+    def drawn(vectors: Vectors, groups: Groups, part: list[int]) -> Rows:
         # by one seed: where both sides have the same places, the same are drawn
-        drawn = np.sort(np.random.default_rng(seed).choice(np.asarray(part), count, replace=False))
-        rows.append(Rows(seen.vectors[which][drawn], numbers[which][drawn]))
-    samples, names = {"value": (rows[0], rows[2]), "floor": (rows[0], rows[1])}, list(Overlap._fields)
+        some = np.sort(np.random.default_rng(seed).choice(np.asarray(part), count, replace=False))
+        return Rows(vectors[some], groups[some])
+
+    (real, synthetic), (here, there) = seen.vectors, numbers
+    one, names = drawn(real, here, first), list(Overlap._fields)
+    samples = {"value": (one, drawn(synthetic, there, theirs)), "floor": (one, drawn(real, here, second))}
+    if thumbnail is not None:
+        samples["thumbnail"] = (one, drawn(thumbnail, here, second))
     found |= compared(samples, seed=seed)
     if count < _NEIGHBOURS:
         few = {"missing": f"{count} tiles have no neighbourhoods; {_NEIGHBOURS} are needed"}
@@ -142,7 +149,8 @@ def compared(samples: Samples, *, seed: int) -> dict[str, Any]:
     sets = [one.values for pair in samples.values() for one in pair or ()]
     count, dim = min(map(len, sets)), sets[0].shape[1]
     few = {"missing": f"{count} tiles of {dim} numbers have no covariance; see the kernel distance"}
-    found = measured(["frechet"], frechet, samples, seed=seed) if count >= 1.25 * dim else {"frechet": few}
+    draws = 100 if dim <= _WIDE else 0
+    found = measured(["frechet"], frechet, samples, seed=seed, draws=draws) if count >= 1.25 * dim else {"frechet": few}
     return found | measured(["kernel"], kernel_distance, samples, seed=seed)
 
 

@@ -13,7 +13,8 @@ from .coordinates import Scenes
 from .denoiser import CELL, NODE, Denoiser, node_mass
 from .diffusion import Ladder, Objective, coefficients, loss
 from .field import mollifier, mollifier_radius
-from .operators import Scatter, nodes
+from .operators import Scatter
+from .splat import nodes
 
 
 class Drawing(Protocol):

@@ -16,8 +16,9 @@ heterogeneous normalised linear attention, Hao et al., "GNOT" (2023); both joine
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -107,23 +108,20 @@ class KernelIntegral(nn.Module):
         """(n, rows, columns, c) on a lattice, (cells, c) on a scatter; the same shape comes back."""
         if cells is not None:
             present = cells.neighbours >= 0
-            near = _rows(u, cells.neighbours.clamp_min(0)) * present[..., None]
+            near = rows_of(u, cells.neighbours.clamp_min(0)) * present[..., None]
             total = (near * self.kernel.flatten(1).T).sum(1)
             return total * (9.0 / present.sum(1, keepdim=True)) + self.bias
         total = functional.conv2d(u.permute(0, 3, 1, 2), self.kernel, padding=REACH, groups=u.shape[-1])
         return torch.addcmul(self.bias, total.permute(0, 2, 3, 1), _border(u))
 
-    def band(self, u: Tensor, rows: slice) -> Tensor:
-        """Some rows of the same on a lattice, in one pass; the cells with fewer neighbours are put right afterwards."""
-        around = slice(max(rows.start - REACH, 0), min(rows.stop + REACH, u.shape[1]))
-        beyond = around.start - (rows.start - REACH), rows.stop + REACH - around.stop
-        band = functional.pad(u[:, around], (0, 0, 0, 0, *beyond)) if any(beyond) else u[:, around]
-        band = band.permute(0, 3, 1, 2)
-        total = functional.conv2d(band, self.kernel, self.bias, padding=(0, REACH), groups=u.shape[-1])
-        total = total.permute(0, 2, 3, 1)
-        edges = [total.select(1, -index) for index, missing in enumerate(beyond) if missing]
-        edges.append(total[:, :, :: u.shape[2] - 1])  # the first column and the last
-        for edge in edges:
+    def band(self, u: Tensor, *, first: bool, last: bool) -> Tensor:
+        """The same for the rows of u but its first and last, which are neighbours only, and zeros where the lattice
+        ends; the cells with fewer neighbours are put right afterwards. (1, rows + 2, columns, c)."""
+        total = functional.conv2d(
+            u.permute(0, 3, 1, 2), self.kernel, self.bias, padding=(0, REACH), groups=u.shape[-1]
+        ).permute(0, 2, 3, 1)  # fmt: skip
+        edges = [total[:, index] for index, here in ((0, first), (-1, last)) if here]
+        for edge in (*edges, total[:, :, :: u.shape[2] - 1]):  # the first column and the last
             torch.lerp(self.bias, edge, 1.5, out=edge)
         return total
 
@@ -154,12 +152,15 @@ class Coarsen(nn.Module):
             count = torch.zeros(len(cells.keys), device=u.device).index_add(
                 0, cells.children, torch.ones(len(u), device=u.device)
             )
-            children = (room * (4.0 / count)[:, None, None]).flatten(1)
-        else:
-            n, rows, columns, c = u.shape
-            children = u.reshape(n, rows // 2, 2, columns // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
-            children = children.reshape(n, rows // 2, columns // 2, 4 * c)
-        found: Tensor = self.mix(children)
+            children = room * (4.0 / count)[:, None, None]
+            found: Tensor = self.mix(children.flatten(1))
+            return found
+        return by_bands(self._on_lattice, u.shape[1] // 2, u)
+
+    def _on_lattice(self, u: Tensor) -> Tensor:
+        n, rows, columns, c = u.shape
+        children = u.reshape(n, rows // 2, 2, columns // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+        found: Tensor = self.mix(children.reshape(n, rows // 2, columns // 2, 4 * c))
         return found
 
 
@@ -172,12 +173,18 @@ class Refine(nn.Module):
 
     def forward(self, u: Tensor, cells: Cells | None = None, onto: Tensor | float = 0.0) -> Tensor:
         """(n, rows, columns, c) -> (n, 2 rows, 2 columns, out), or (cells, c) -> (points, out), added to `onto`."""
-        children: Tensor = self.mix(u.contiguous())  # else a product for every row
         if cells is not None:
-            return onto + _rows(children.unflatten(-1, (4, -1)).flatten(0, 1), cells.children * 4 + cells.slots)
+            children: Tensor = self.mix(u)
+            return onto + rows_of(children.unflatten(-1, (4, -1)).flatten(0, 1), cells.children * 4 + cells.slots)
+        if isinstance(onto, Tensor):
+            return by_bands(self._on_lattice, u.shape[1], u, onto)
+        return by_bands(self._on_lattice, u.shape[1], u)
+
+    def _on_lattice(self, u: Tensor, onto: Tensor | None = None) -> Tensor:
+        children: Tensor = self.mix(u.contiguous())  # else a product for every row
         n, rows, columns, c = children.shape
         children = children.reshape(n, rows, columns, 2, 2, c // 4).permute(0, 1, 3, 2, 4, 5)
-        if isinstance(onto, Tensor):  # in one pass over memory
+        if onto is not None:  # in one pass over memory
             children = onto.unflatten(2, (columns, 2)).unflatten(1, (rows, 2)) + children
         return children.reshape(n, 2 * rows, 2 * columns, c // 4)
 
@@ -195,42 +202,74 @@ class Block(nn.Module):
         nn.init.zeros_(self.narrow.bias)
 
     def forward(self, u: Tensor, signal: Tensor, cells: Cells | None = None) -> Tensor:
-        """`signal`: (n, signal), one row a scene."""
-        if cells is None and len(u) == 1 and min(u.shape[1:3]) > 1 and not torch.is_grad_enabled():
-            return self.in_bands(u, signal)
-        return self.at_once(u, signal, cells)
-
-    def at_once(self, u: Tensor, signal: Tensor, cells: Cells | None = None) -> Tensor:
-        """Operator by operator, each over all points."""
+        """`signal`: (n, signal), one row a scene. Operator by operator, each over all points."""
         scale, shift = _spread(self.modulate(signal), cells).chunk(2, -1)
         h = functional.layer_norm(self.kernel(u, cells), u.shape[-1:])
         h = functional.gelu(self.widen(torch.addcmul(shift, h, 1 + scale)))
         change: Tensor = self.narrow(h)
         return u + change
 
-    def in_bands(self, u: Tensor, signal: Tensor) -> Tensor:
-        """The same for one scene on a lattice, without gradients, in bands of rows that fit a core's cache.
+    def in_place(self, u: Tensor, signal: Tensor) -> Tensor:
+        """The same for one scene on a lattice, without gradients, in bands of rows; u becomes the result.
 
         Twice as fast as operator by operator over a large window, whose features go to memory and back for each.
         """
-        (_, height, width, channels), out = u.shape, torch.empty_like(u)
+        _, height, width, channels = u.shape
         scale, shift = self.modulate(signal)[0].chunk(2)
         widen, narrow = self.widen.weight.T, self.narrow.weight.T
-        step = max(1, _BAND // (width * channels))
+        beyond = u.new_zeros(1, REACH, width, channels)
+        step, above = max(1, _BAND // (width * channels)), beyond
         for top in range(0, height, step):
-            rows = slice(top, min(top + step, height))
-            h = functional.layer_norm(self.kernel.band(u, rows), (channels,), 1 + scale, shift).flatten(0, 2)
+            bottom = min(top + step, height)
+            last = bottom == height
+            band = torch.cat([above, u[:, top:bottom], beyond if last else u[:, bottom : bottom + REACH]], 1)
+            above = u[:, bottom - REACH : bottom].clone()  # as it was, for the next band
+            h = self.kernel.band(band, first=top == 0, last=last)
+            h = functional.layer_norm(h, (channels,), 1 + scale, shift).flatten(0, 2)
             h = functional.gelu(torch.addmm(self.widen.bias, h, widen))
-            after = torch.add(u[:, rows], self.narrow.bias, out=out[:, rows])
-            after.view(-1, channels).addmm_(h, narrow)
-        return out
+            u[:, top:bottom].add_(self.narrow.bias).view(-1, channels).addmm_(h, narrow)
+        return u
+
+
+def through(blocks: Iterable[nn.Module], u: Tensor, signal: Tensor, cells: Cells | None = None) -> Tensor:
+    """u after some `Block`s, one after another; without gradients u itself may become the result."""
+    banded = cells is None and len(u) == 1 and min(u.shape[1:3]) > 1 and _banded(u)
+    for block in blocks:
+        u = cast(Block, block).in_place(u, signal) if banded else block(u, signal, cells)
+    return u
+
+
+def by_bands(work: Callable[..., Tensor], rows: int, *lattices: Tensor, halo: int = 0) -> Tensor:
+    """`work` on lattices (n, rows or a multiple of it, columns, c), which says of a row what rows within `halo` decide.
+
+    Without gradients in bands of rows that fit a core's cache, so that what is between is never a whole lattice.
+    """
+    size = max(lattice.numel() for lattice in lattices)
+    step = max(1, rows * _BAND // max(size, 1))
+    if step >= rows or not _banded(lattices[0]):
+        return work(*lattices)
+    times = [lattice.shape[1] // rows for lattice in lattices]
+    found: Tensor | None = None
+    for top in range(0, rows, step):
+        bottom = min(top + step, rows)
+        start, stop = max(top - halo, 0), min(bottom + halo, rows)
+        part = work(*(u[:, start * k : stop * k] for u, k in zip(lattices, times, strict=True)))
+        k = part.shape[1] // (stop - start)
+        if found is None:
+            found = part.new_empty(len(part), rows * k, *part.shape[2:])
+        found[:, top * k : bottom * k] = part[:, (top - start) * k : (bottom - start) * k]
+    return torch.as_tensor(found)
+
+
+def _banded(u: Tensor) -> bool:
+    return not torch.is_grad_enabled() and u.device.type == "cpu"
 
 
 def _spread(signal: Tensor, cells: Cells | None) -> Tensor:
-    return signal[:, None, None, :] if cells is None else _rows(signal, cells.scene)
+    return signal[:, None, None, :] if cells is None else rows_of(signal, cells.scene)
 
 
-def _rows(table: Tensor, index: Tensor) -> Tensor:
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
     """table[index] whose gradient is an `index_add`: on CPUs many times faster than that of indexing."""
     found: Tensor = table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return found
@@ -299,6 +338,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, u: Tensor, place: Tensor, memory: list[Tensor], cells: Cells | None = None) -> Tensor:
         """Features u and positional features `place`, both (..., c); `memory` from `remember`."""
+        if cells is None:
+            return by_bands(partial(self._attend, memory=memory), u.shape[1], u, place)
+        return self._attend(u, place, memory, cells)
+
+    def _attend(self, u: Tensor, place: Tensor, memory: list[Tensor], cells: Cells | None = None) -> Tensor:
         query = self.query(functional.layer_norm(u, u.shape[-1:]) + place)
         query = query.unflatten(-1, (self.heads, -1)).softmax(-1)
         total = query
@@ -337,84 +381,3 @@ class SelfAttention(nn.Module):
         """Any of the points, (n, rows, columns, c), given the sums over all of them."""
         attended: Tensor = self.attention(u, place, [sums])
         return attended
-
-
-def interpolate(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Bilinear reading of a lattice (r, c, channels) at the outer product of row and column positions, in cells.
-
-    Position 0 is the centre of the first cell; beyond the outer centres the edge is continued. Returns (len(rows),
-    len(columns), channels). Written as two lerps by index, so a value does not depend on the window it is read in.
-    """
-    low, high, weight = _bracket(rows, table.shape[0])
-    table = torch.lerp(table.index_select(0, low), table.index_select(0, high), weight[:, None, None])
-    low, high, weight = _bracket(columns, table.shape[1])
-    return torch.lerp(table.index_select(1, low), table.index_select(1, high), weight[None, :, None])
-
-
-def interpolate_at(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """`interpolate` at paired positions: (points, channels)."""
-    top, bottom, down = _bracket(rows, table.shape[0])
-    left, right, across = _bracket(columns, table.shape[1])
-    width, flat = table.shape[1], table.flatten(0, 1)
-    first = torch.lerp(_rows(flat, top * width + left), _rows(flat, bottom * width + left), down[:, None])
-    second = torch.lerp(_rows(flat, top * width + right), _rows(flat, bottom * width + right), down[:, None])
-    return torch.lerp(first, second, across[:, None])
-
-
-def _bracket(position: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    position = position.clamp(0, length - 1)
-    low = position.floor().long().clamp_max(max(length - 2, 0))
-    return low, (low + 1).clamp_max(length - 1), (position - low).to(torch.float32)
-
-
-def splat(u: Tensor, cells: int) -> Tensor:
-    """A lattice as contributions to the nodes of a coarse grid, one node every `cells` cells, at the blocks' corners.
-
-    Partition of unity by hat functions. Each block of cells x cells reaches its own four corners only, so this is also
-    the canonical order of addition: tiles write their blocks, `nodes` adds them. (n, rows, columns, c) ->
-    (n, rows / cells, columns / cells, 4, c), corners in raster order.
-    """
-    n, rows, columns, c = u.shape
-    sides = []
-    for side in (0, 1):  # towards the upper corners, towards the lower ones
-        blocks = u.reshape(n, rows // cells, cells, columns, c)
-        sides.append(_hat(blocks.unbind(2), side).reshape(n, rows // cells, columns // cells, cells, c))
-    return torch.stack([_hat(half.unbind(3), side) for half in sides for side in (0, 1)], 3)
-
-
-def _hat(parts: tuple[Tensor, ...], side: int) -> Tensor:
-    """The parts of a block weighted by a hat around its near (0) or far (1) end, added in order."""
-    total = torch.zeros_like(parts[0])
-    for index, part in enumerate(parts):
-        towards = (index + 0.5) / len(parts)
-        total = torch.add(total, part, alpha=towards if side else 1 - towards)
-    return total
-
-
-def nodes(blocks: Tensor) -> Tensor:
-    """Sum the blocks' contributions at the shared corners: (n, r, c, 4, channels) -> (n, r + 1, c + 1, channels)."""
-    n, r, c, _, channels = blocks.shape
-    total = blocks.new_zeros(n, r + 1, c + 1, channels)
-    for corner in range(4):
-        down, right = divmod(corner, 2)
-        total[:, down : down + r, right : right + c] += blocks[:, :, :, corner]
-    return total
-
-
-def splat_at(u: Tensor, rows: Tensor, columns: Tensor, *, scene: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """`nodes(splat(...))` for scattered points at `rows`, `columns` in node units: (n, rows, columns, c) of `shape`."""
-    total = u.new_zeros(shape[0] * shape[1] * shape[2], u.shape[-1])
-    for down in (0, 1):
-        for right in (0, 1):
-            row, column = rows.floor().long() + down, columns.floor().long() + right
-            weight = (1 - (rows - row).abs()) * (1 - (columns - column).abs())
-            index = (scene.long() * shape[1] + row) * shape[2] + column
-            total = total.index_add(0, index, u * weight.to(u.dtype)[:, None])
-    return total.reshape(*shape, -1)
-
-
-def positional(rows: Tensor, columns: Tensor, *, shortest: float = 32.0, octaves: int = 9) -> Tensor:
-    """Sines and cosines of a place in µm, wavelengths `shortest` x 2^k: (..., 4 octaves)."""
-    waves = 2 * math.pi / (shortest * 2.0 ** torch.arange(octaves, dtype=torch.float64, device=rows.device))
-    angles = torch.cat([rows.double()[..., None] * waves, columns.double()[..., None] * waves], -1)
-    return torch.cat([angles.sin(), angles.cos()], -1).float()

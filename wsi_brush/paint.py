@@ -32,6 +32,8 @@ from .scratch import Plane, Work, new_plane
 from .store import EmbeddingMap
 from .stream import TILE, CanvasDenoiser, read_plane, side_by_side, tiles_of
 
+KEPT = 4 * 2**20
+"""Bytes of an activation that is worth keeping for the next (`machine.keep_memory`): those of a band are."""
 SAVE_EVERY = 60.0
 """Seconds between two generations on disk of a state that is in memory."""
 _GUIDED_FROM = 0.6  # noise of a mean over 1 µm²; below, guidance changed nothing that was seen, and takes more time
@@ -39,7 +41,7 @@ _RETOUCHED_BELOW = 0.1  # noise of a pixel; a mean over 8 x 8 of them then carri
 _RETOUCHES = 3  # at most, one after another
 _PIXEL = 12  # bytes of one pixel of a plane
 _BASE = 1_200_000_000  # bytes of a process that has torch, brush, encoder and the slide's libraries loaded
-_WINDOW = 450  # bytes that the operator takes for a pixel of its window, measured from 640 to 1152 pixels a side
+_WINDOW = 240  # bytes that the operator takes for a pixel of its window, measured from 640 to 1152 pixels a side
 
 
 @dataclass(frozen=True)

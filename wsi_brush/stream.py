@@ -31,8 +31,8 @@ from .denoiser import NODE, Around, TokenParts, node_mass
 from .diffusion import coefficients
 from .errors import RefusedError
 from .grid import Grid
-from .operators import nodes
 from .scratch import CHUNK, Plane, new_plane, open_plane
+from .splat import nodes
 from .store import EmbeddingMap
 
 Item = TypeVar("Item")
@@ -140,12 +140,15 @@ class CanvasDenoiser:
         rows, columns = tile.within(window)
         around = read_plane(x, window)
         state = around[:, rows, columns]
-        features = self._net.descend(around[None] * self._into, self._asked[0].setting)
-        (said, mid), *others = [asked.paint(features, window, tile) for asked in self._asked]
-        kept = self._net.keep(features, mid, _around(tile, window)) if keep else None
+        fine, mid, deep = self._net.descend(around[None] * self._into, self._asked[0].setting)
+        risen = [asked.rise(mid, deep, window, tile) for asked in self._asked]
+        kept = self._net.keep(mid, risen[0], _around(tile, window)) if keep else None
+        del mid, deep  # the peak is what comes next
         skip, out, _ = _coefficients(self._sigma)
-        plain = skip * state + out * said
-        image = plain if not others else skip * state + out * torch.lerp(others[0][0], said, self._guidance)
+        said = [self._net.finish(fine, one, self._asked[0].setting, around=_around(tile, window))[0] for one in risen]
+        image = plain = skip * state + out * said[0]
+        if len(said) > 1:
+            image = skip * state + out * torch.lerp(said[1], said[0], self._guidance)
         return Seen(tile, state, image, plain, kept)
 
     @torch.inference_mode()
@@ -237,18 +240,16 @@ class _Asked:
         total = _read(nodes, window)[None]
         return self._net.layout_near(total, mass[:, window], self.setting, row=window.start)
 
-    def paint(self, features: tuple[Tensor, Tensor, Tensor], window: Grid, tile: Grid) -> tuple[Tensor, Tensor]:
-        """What the operator says in a tile, (3, h, w), from the features of a window that its halo surrounds; and its
-        features at 4 pixels."""
+    def rise(self, mid: Tensor, deep: Tensor, window: Grid, tile: Grid) -> Tensor:
+        """The way up in a tile, to 4 pixels, from the features of a window that its halo surrounds."""
         assert self._grid is not None
         top, left = window.top // NODE, window.left // NODE
         bottom, right = -(-window.bottom // NODE) + 1, -(-window.right // NODE) + 1
         grid = _read(self._grid, (slice(top, bottom), slice(left, right)))[None]
         corner = (torch.tensor([float(window.top)]), torch.tensor([float(window.left)]))
-        said, mid = self._net.ascend(
-            features, self.setting, grid, self.memory, corner=corner, node=(top, left), around=_around(tile, window)
+        return self._net.rise(
+            mid, deep, self.setting, grid, self.memory, corner=corner, node=(top, left), around=_around(tile, window)
         )
-        return said[0], mid
 
 
 def read_plane(plane: Plane, window: Grid) -> Tensor:

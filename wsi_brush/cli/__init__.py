@@ -155,14 +155,14 @@ def synthesize(
         from ..cluster import connect
         from ..encoder import load_encoder
         from ..machine import peak_memory
-        from ..paint import Painting
+        from ..paint import KEPT, Painting
         from ..synthesize import synthesize_slide
 
         painting = Painting(
             4096 if size is None else size, place, mpp, seed, steps, guidance, solver,
             progressive=progressive == "on", memory=memory,
         )  # fmt: skip
-        prepare(threads)
+        prepare(threads, largest=KEPT)
         loaded = load_brush(brush)
         eyes = load_encoder(encoder or loaded.about["encoder"])
         if dry_run:
@@ -248,6 +248,10 @@ def evaluate(
     codec: Annotated[str, typer.Option(help="What both sides go through first: jpeg:Q or none.")] = "jpeg:90",
     most: Annotated[int, typer.Option(help="Tiles of a side and scale that are looked at.", min=16)] = 1536,
     seed: Annotated[int, typer.Option(help="Draws tiles and intervals.", min=0)] = 0,
+    published: Annotated[
+        bool, typer.Option("--published", help="Also CLIP FID and Crop FID; their weights come from your caches.")
+    ] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the weights that --published lacks.")] = False,
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,
     overwrite: Overwrite = False,
@@ -262,23 +266,29 @@ def evaluate(
         from ..commit import check_target
         from ..encoder import load_encoder
         from ..evaluate import check_encoders, evaluate_slides
+        from ..published import find_networks
         from ..report import KIND, write_report
         from ..samples import Codec
         from ..sides import open_all, open_sides
 
         Codec(codec)
+        if download and not published:
+            raise UsageError("--download: nothing is fetched without --published")
         # what is none is said at once
         slides = [open_all(paths, assume_mpp=assume_mpp, force_mpp=force_mpp) for paths in (real, synthetic)]
         prepare(threads)
         loaded = [load_encoder(name) for name in encoder]
         check_encoders(loaded)
         if dry_run:
-            print_plan(plans.plan_evaluation(slides, loaded, out, most), json_)
+            print_plan(plans.plan_evaluation(slides, loaded, out, most, published=published), json_)
             return
         check_target(out, kind=KIND, overwrite=overwrite)
         with Shown(quiet) as progress:
+            networks = find_networks(download=download, tell=progress) if published else None
             sides = open_sides(*slides, tell=progress)
-            figures = evaluate_slides(sides, encoders=loaded, codec=codec, most=most, seed=seed, tell=progress)
+            figures = evaluate_slides(
+                sides, encoders=loaded, codec=codec, most=most, seed=seed, networks=networks, tell=progress
+            )
         write_report(out, sides, figures, overwrite=overwrite)
         if json_:
             typer.echo(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False))

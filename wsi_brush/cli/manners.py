@@ -56,12 +56,12 @@ def interrupted() -> NoReturn:
     os._exit(130)
 
 
-def prepare(threads: int) -> None:
+def prepare(threads: int, *, largest: int | None = None) -> None:
     import torch
 
     from ..machine import keep_memory
 
-    keep_memory()
+    keep_memory(largest)
     if threads:
         torch.set_num_threads(threads)
 
@@ -86,6 +86,9 @@ def print_figures(figures: dict[str, Any]) -> None:
                 if "missing" not in one:
                     parts.append(f"{figure} {one['value']:.3g} (floor {one['floor']:.3g})")
             typer.echo(f"{name}, {mpp} µm, {scale['n']} tiles: {', '.join(parts)}")
+    for name, one in (figures["published"] or {}).items():
+        if name in ("clip", "crop"):
+            typer.echo(_published(name, one))
     texture = figures["texture"]
     if "missing" in texture:
         typer.echo(f"texture: {texture['missing']}")
@@ -100,6 +103,17 @@ def print_figures(figures: dict[str, Any]) -> None:
         found = one["retrieval"]
         top = f"; own reference first of {found['regions']}: {100 * found['top1']:.0f} %" if "top1" in found else ""
         typer.echo(f"cosine with the reference in {name}: {cosines or 'too few tiles'}{top}")
+
+
+def _published(name: str, one: dict[str, Any]) -> str:
+    parts = [one["missing"]] if "missing" in one else []
+    for key, word in (("frechet", "FID"), ("kernel", "KID")):
+        found = one.get(key, {"missing": ""})
+        if "missing" not in found:
+            beside = ", ".join(f"{part} {found[part]:.3g}" for part in ("floor", "thumbnail"))
+            parts.append(f"{word} {found['value']:.3g} ({beside})")
+    words = {"clip": "CLIP", "crop": "Crop"}[name]
+    return f"{words}, {one.get('n', 0)} squares of {one['side']} pixels: {', '.join(parts)}"
 
 
 def print_table(reports: list[SlideReport]) -> None:

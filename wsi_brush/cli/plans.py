@@ -76,7 +76,9 @@ def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, paint
     }
 
 
-def plan_evaluation(sides: list[list[Slide]], encoders: list[Encoder], out: Path, most: int) -> dict[str, Any]:
+def plan_evaluation(
+    sides: list[list[Slide]], encoders: list[Encoder], out: Path, most: int, *, published: bool = False
+) -> dict[str, Any]:
     """What would be compared, and at most how many tiles: time from a batch of blank ones on this machine."""
     from ..estimate import encoder_seconds
     from ..evaluate import SCALES
@@ -90,11 +92,33 @@ def plan_evaluation(sides: list[list[Slide]], encoders: list[Encoder], out: Path
                 mine += min(most, sum(int(4 * height * width) for height, width in across))
         tiles += mine
         seconds += encoder_seconds(encoder, 2.0 * mine)  # as many again on borders and for control
+    more = {"published": _plan_published(sides, most)} if published else {}
     return {
         "real": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[0]],
         "synthetic": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[1]],
         "encoders": [encoder.name for encoder in encoders],
         "tiles": f"at most {tiles}",
         "time": f"at most {seconds / 60:.1f} minutes in the encoders, and about one more",
+        **more,
         "output": f"{out}{' (exists)' if out.exists() else ''}",
     }
+
+
+def _plan_published(sides: list[list[Slide]], most: int) -> str:
+    """Of the figures that papers print: what is missing, and the time that Inception-v3 needs for its crops."""
+    from ..estimate import encoder_seconds
+    from ..evaluate import SCALES
+    from ..published import CROP, find_networks
+
+    networks, said = find_networks(), []
+    if networks.inception is not None:
+        finest = max(SCALES[0], *(slide.mpp for side in sides for slide in side))
+        crops = 0
+        for side in sides:
+            across = [[length * slide.mpp / finest / CROP for length in slide.grid.shape] for slide in side]
+            crops += min(most, sum(int(4 * height * width) for height, width in across))
+        seconds = encoder_seconds(networks.inception, 1.25 * crops, batch=8)  # and thumbnails of half of one side
+        said.append(f"Crop FID of at most {crops} crops: at most {seconds / 60:.1f} minutes in Inception-v3")
+    if networks.clip is not None:
+        said.append("CLIP FID: its time is that of reading and coding the images")
+    return "; ".join([*said, *([networks.missing] if networks.missing else [])])
