@@ -28,7 +28,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from typer.testing import CliRunner
 
-from wsi_brush import published
+from wsi_brush import likeness, published
 from wsi_brush.cli import app
 from wsi_brush.commit import sha256_of
 from wsi_brush.distances import Vectors, frechet, kernel_distance
@@ -37,7 +37,8 @@ from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.grid import Grid
 from wsi_brush.published import Networks, find_networks, image_side, load_clip, load_inception, thumbnail
 from wsi_brush.report import write_report
-from wsi_brush.samples import Codec, Field, Sides, open_sides
+from wsi_brush.samples import Codec, Field
+from wsi_brush.sides import Sides, open_sides
 from wsi_brush.slide import open_slide
 
 PLAIN = Codec("none")
@@ -248,6 +249,7 @@ def found(
         for name, digest in digests.items():
             patch.setattr(published, name, digest)
         patch.setattr(published, "INCEPTION_LAYER", "64")
+        patch.setattr(likeness, "_NEIGHBOURS", 12)
         sides, networks = open_sides(paths[:1], paths[1:]), find_networks()
         assert networks.missing == ""
         return sides, networks, published.published(sides, networks, PLAIN, mpp=0.5, most=48, seed=0)
@@ -369,21 +371,16 @@ def test_the_rest_is_evaluated_all_the_same(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     networks, target = find_networks(), tmp_path / "report"
     assert networks.clip is not None
-    pages: list[str] = []
-
-    def written(sides: Sides, figures: dict[str, Any]) -> None:
-        for number, more in enumerate((figures["published"], found[2], None)):
-            write_report(target / str(number), sides, figures | {"published": more})
-            pages.append((target / str(number) / "report.html").read_text("utf-8"))
-
-    (tmp_path / "report").mkdir()
-    figures = evaluate_slides(
-        [tissue_slide], [tissue_slide], encoder=TileStatistics(), most=200, networks=networks, then=written
-    )
-    assert "value" in figures["scales"]["0.5"]["kernel"]
+    sides, pages = open_sides([tissue_slide], [tissue_slide]), []
+    figures = evaluate_slides(sides, encoders=[TileStatistics()], most=200, networks=networks)
+    target.mkdir()
+    for number, more in enumerate((figures["published"], found[2], None)):
+        write_report(target / str(number), sides, figures | {"published": more})
+        pages.append((target / str(number) / "report.html").read_text("utf-8"))
+    assert "value" in figures["scales"][TileStatistics().name]["0.5"]["kernel"]
     assert [note for note in figures["notes"] if "FID" in note] == [networks.missing]
     assert figures["published"]["crop"]["missing"] == "its weights are not here"
-    assert figures["published"]["clip"]["missing"] == "0 tiles a half; at least 8 are needed"
+    assert "2 tiles of 256 µm in a half; 8 are needed" in figures["published"]["clip"]["missing"]
     words = [re.findall(r"<small>thumbnail -?[\d.e-]+ ", page) for page in pages]
     assert [len(one) for one in words] == [0, 6, 0]
     assert ["The figures that papers print" in page for page in pages] == [True, True, False]
@@ -448,6 +445,6 @@ class TestWords:
         monkeypatch.setattr(published, "INCEPTION_LAYER", "64")  # for speed
         ran = self.run(tissue_slide, tmp_path / "r", "--published")
         assert ran.exit_code == 0, ran.stderr
-        assert "CLIP, 0 squares of 512 pixels: 0 tiles a half; at least 8 are needed" in ran.stdout
+        assert re.search(r"CLIP, \d squares of 512 pixels: \d tiles of 256 µm in a half; 8 are needed", ran.stdout)
         assert re.search(r"Crop, \d+ squares of 256 pixels: ", ran.stdout)
         assert json.loads((tmp_path / "r" / "report.json").read_text("utf-8"))["published"]["crop"]["dim"] == 64
