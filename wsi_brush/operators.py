@@ -239,13 +239,13 @@ def through(blocks: Iterable[nn.Module], u: Tensor, signal: Tensor, cells: Cells
     return u
 
 
-def by_bands(work: Callable[..., Tensor], rows: int, *lattices: Tensor, halo: int = 0, features: int = _BAND) -> Tensor:
+def by_bands(work: Callable[..., Tensor], rows: int, *lattices: Tensor, halo: int = 0) -> Tensor:
     """`work` on lattices (n, rows or a multiple of it, columns, c), which says of a row what rows within `halo` decide.
 
     Without gradients in bands of rows that fit a core's cache, so that what is between is never a whole lattice.
     """
     size = max(lattice.numel() for lattice in lattices)
-    step = max(1, rows * features // max(size, 1))
+    step = max(1, rows * _BAND // max(size, 1))
     if step >= rows or not _banded(lattices[0]):
         return work(*lattices)
     times = [lattice.shape[1] // rows for lattice in lattices]

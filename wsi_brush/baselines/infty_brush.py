@@ -2,11 +2,11 @@
 
 The order of its point level: sparse operator, cross-attention neural operator, self-attention neural operator; three
 such blocks, the grid level, three more. Condition sets are the noise level (one token), the image's embedding (one
-token) and the place (two, its row and its column). A set of one token gives its value at every point whatever the query,
-so only the places are attended to; `tests/test_baselines.py` shows it.
+token) and the place (two, its row and its column). A set of one token gives its value at every point, whatever query
+and key, so only the places are attended to.
 
 The image's embedding is the mean of the coarsest set over the scene or the canvas, which is what the paper's thumbnail
-of a 4096 x 4096 image shows. It is also added at the grid level's bottleneck: there cross-attention to one token is that.
+of a 4096 x 4096 image shows. It is also added at the grid level's bottleneck, where attention to one token is that too.
 Without the cross-attention neural operator that is its only way in (the ablation of the paper's tables).
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..condition import ConditionMap
-from ..operators import SelfAttention, TokenSet, attend
+from ..operators import SelfAttention
 from .infty_diff import InftyDiffConfig
 from .mollified import Mollified, Weighting
 from .points import AXIS, Domain, Feed, GridLevel, Local, PointBlock, PointLevel, Signal
@@ -36,14 +36,14 @@ class InftyBrushConfig(InftyDiffConfig):
 class CrossOperator(nn.Module):
     """q + (1/L) Σ_l (q S_l) / (q n_l) over noise level, embedding and place: ∞-Brush, Eq. 10, after GNOT.
 
-    The set of places is another at every point, so it is attended to there; the others are sums (`TokenSet`).
+    The set of places is another at every point. The other two have one token, so that (q S) / (q n) is its value.
     """
 
     def __init__(self, channels: int, *, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.query, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        self.sets = nn.ModuleList(TokenSet(channels, heads=heads) for _ in range(2))
+        self.values = nn.ModuleList(nn.Linear(channels, channels) for _ in range(2))
         self.place = nn.Linear(AXIS, channels)
         self.key, self.value = nn.Linear(channels, channels), nn.Linear(channels, channels)
         nn.init.zeros_(self.out.weight)
@@ -52,9 +52,8 @@ class CrossOperator(nn.Module):
     def forward(self, u: Tensor, domain: Domain, tokens: list[Tensor]) -> Tensor:
         """Features (n, rows, columns, c) and the sets of one token each, (n, 1, c)."""
         query = self._heads(self.query(functional.layer_norm(u, u.shape[-1:]))).softmax(-1)
-        total = self._at_place(query, domain)
-        for remember, set_of_one in zip(self.sets, tokens, strict=True):
-            total = total + attend(query, remember(set_of_one))
+        alike = sum(value(token) for value, token in zip(self.values, tokens, strict=True))
+        total = self._at_place(query, domain) + self._heads(torch.as_tensor(alike))[:, :, None]
         change: Tensor = self.out((query + total / (1 + len(tokens))).flatten(-2))
         return u + change
 
@@ -79,17 +78,16 @@ class BrushBlock(PointBlock):
         self.cross = CrossOperator(channels, heads=heads) if cross else None
         self.attention = SelfAttention(channels, heads=heads)
 
-    def near(self, u: Tensor, domain: Domain, signal: Tensor, told: list[Tensor]) -> Tensor:
-        """Up to the cross-attention, whose sets are `told`."""
-        found: Tensor = self.local(u, signal, domain.near)
-        return found if self.cross is None else self.cross(found, domain, told)
+    def far(self, u: Tensor, domain: Domain, signal: Tensor, tokens: list[Tensor]) -> Tensor:
+        """Cross-attention to the sets of `tokens`, self-attention over all points, and on."""
+        if self.cross is not None:
+            cross = self.cross
+            u = domain.over(lambda part, features: cross(features, part, tokens), u, onto=u)
+        sums = domain.total(self._part, u).float()
+        return domain.over(lambda _, features: self._attended(features, sums, signal), u, onto=u)
 
-    def far(self, u: Tensor, domain: Domain, signal: Tensor) -> Tensor:
-        """Self-attention over all points, and on."""
-        sums = domain.total(
-            lambda part: self.attention.part(part, torch.zeros_like(part), torch.ones_like(part[..., 0])), u
-        )
-        return domain.over(lambda _, part: self._attended(part, sums.float(), signal), u)
+    def _part(self, u: Tensor) -> Tensor:
+        return self.attention.part(u, torch.zeros_like(u), torch.ones_like(u[..., 0]))
 
     def _attended(self, u: Tensor, sums: Tensor, signal: Tensor) -> Tensor:
         found: Tensor = self.feed(self.attention(u, torch.zeros_like(u), sums), signal)

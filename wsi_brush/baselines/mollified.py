@@ -186,4 +186,4 @@ class Mollified(System):
         """Four maps of features over all pixels, and the nodes' features."""
         area, sizes = canvas.rounded(self.config.node), self.config
         pixels = area.height * area.width
-        return pixels * 4 * (4 * sizes.width + _STATE) + pixels // sizes.node**2 * 4 * 16 * sizes.grid
+        return 4 * pixels * (4 * sizes.width + _STATE) + 4 * pixels // sizes.node**2 * 16 * sizes.grid

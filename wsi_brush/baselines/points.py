@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..denoiser import signal_of
+from ..grid import Grid
 from ..operators import SelfAttention, by_bands, rows_of
 from ..splat import interpolate, interpolate_at, nodes, positional, splat, splat_at
 
 _ROOM = 1 << 20  # places on a side that a point's key can tell apart
-_BAND = 1 << 22  # features of a band: sixteen megabytes, far more rows than a halo
+_TILE = 96  # pixels: twice its features are below what the command line has handed back to the system at once
 SIGNAL = 128
 AXIS = 36  # positional features of a place on one axis
 
@@ -65,7 +66,7 @@ class Domain:
     """Where features (n, rows, columns, c) lie: all pixels of a scene, or scattered ones as (n, points, 1, c).
 
     rows, columns: (n, rows, 1) and (n, 1, columns) of a lattice, (n, points, 1) each of scattered points, in pixels of
-    the scene; shape: the scene's, a multiple of the nodes' distance; mpp: µm per pixel; origin: (n, 2) µm of its corner.
+    the scene; shape: the scene's, multiples of the nodes' distance; mpp: µm per pixel; origin: (n, 2) µm of its corner.
     """
 
     rows: Tensor
@@ -87,20 +88,35 @@ class Domain:
         near = Neighbours.of(places, side)
         return Domain(places[..., :1], places[..., 1:], shape, mpp, origin, near)
 
-    def over(self, work: Callable[..., Tensor], *features: Tensor, halo: int = 0) -> Tensor:
-        """`work(domain, *features)`; of a lattice without gradients in bands of rows, told that domain's part."""
-        if self.near is not None:
+    def over(
+        self, work: Callable[..., Tensor], *features: Tensor, halo: int = 0, onto: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """`work(domain, *features)`, which says of a pixel what those within `halo` decide.
+
+        Of a lattice without gradients tile by tile, so that what is between fits a core's cache; with no halo `onto`
+        may be a map of features that becomes the result.
+        """
+        if self._whole:
             return work(self, *features)
-
-        def band(rows: Tensor, *parts: Tensor) -> Tensor:
-            return work(replace(self, rows=rows), *parts)
-
-        return by_bands(band, self.rows.shape[1], self.rows, *features, halo=halo, features=_BAND)
+        whole = Grid(1.0, 0, 0, *self.shape)
+        for tile in whole.tiles(_TILE):
+            around = tile.pad(halo).clip(whole)
+            rows, columns = around.within(whole)
+            part = replace(self, rows=self.rows[:, rows], columns=self.columns[:, :, columns])
+            found = work(part, *(u[:, rows, columns] for u in features))
+            if onto is None:
+                onto = found.new_empty(len(found), *self.shape, found.shape[-1])
+            onto[:, *tile.within(whole)] = found[:, *tile.within(around)]
+        return torch.as_tensor(onto)
 
     def total(self, part: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
-        """The sum of `part` over all points, which may be taken in parts, in float64."""
-        rows = u.shape[1] if torch.is_grad_enabled() else max(1, _BAND // u[:, 0].numel())
+        """The sum of `part` over all points, added up in float64 in rows."""
+        rows = u.shape[1] if self._whole else max(1, _TILE**2 // u.shape[2])
         return torch.stack([part(band) for band in u.split(rows, 1)]).sum(0)
+
+    @property
+    def _whole(self) -> bool:
+        return self.near is not None or torch.is_grad_enabled()
 
     def axes(self) -> tuple[Tensor, Tensor]:
         """Rows and columns as positional features, (n, rows, 1, AXIS) and (n, 1, columns, AXIS) or (n, points, 1, .)"""
@@ -113,7 +129,7 @@ class Domain:
         """The mean around every node, one each `node` pixels: (n, rows / node + 1, columns / node + 1, c)."""
         rows, columns = (side // node for side in self.shape)
         if self.near is None:
-            total = nodes(by_bands(lambda part: splat(part, node), rows, u, features=_BAND))
+            total = nodes(by_bands(lambda part: splat(part, node), rows, u))
             mass = _edges(rows, node)[:, None] * _edges(columns, node)
             return total / mass[..., None]
         scene = torch.arange(len(u)).repeat_interleave(u.shape[1])
@@ -261,9 +277,7 @@ class GridLevel(nn.Module):
         self.width = widths[-1]
         self.enter, self.leave = nn.Linear(channels, width), nn.Linear(width, channels)
         self.down = nn.ModuleList(GridBlock(c, c) for c in widths[:-1])
-        self.shrink = nn.ModuleList(
-            nn.Conv2d(c, d, 3, stride=2, padding=1) for c, d in zip(widths, widths[1:], strict=False)
-        )
+        self.shrink = nn.ModuleList(nn.Conv2d(c, d, 3, stride=2, padding=1) for c, d in pairwise(widths))
         self.middle = nn.ModuleList(GridBlock(self.width, self.width) for _ in range(2))
         self.attention = SelfAttention(self.width, heads=heads)
         self.up = nn.ModuleList(GridBlock(d + c, c) for c, d in zip(widths[-2::-1], widths[:0:-1], strict=True))
@@ -300,14 +314,9 @@ class PointBlock(nn.Module):
         super().__init__()
         self.local, self.feed = Local(channels, side), Feed(channels)
 
-    def near(self, u: Tensor, domain: Domain, signal: Tensor, told: list[Tensor]) -> Tensor:
-        """What needs no more than the neighbours; `told` are tokens of the scene, (n, tokens, channels) each."""
-        found: Tensor = self.feed(self.local(u, signal, domain.near), signal)
-        return found
-
-    def far(self, u: Tensor, domain: Domain, signal: Tensor) -> Tensor:
-        """What needs all other points."""
-        return u
+    def far(self, u: Tensor, domain: Domain, signal: Tensor, tokens: list[Tensor]) -> Tensor:
+        """All after the local operator; `tokens` of the scene, (n, 1, channels) each. u may become the result."""
+        return domain.over(lambda _, part: self.feed(part, signal), u, onto=u)
 
 
 class PointLevel(nn.Module):
@@ -328,29 +337,31 @@ class PointLevel(nn.Module):
     ) -> Tensor:
         """`tokens` for the blocks, `told` (n, grid features) for the middle of the grid level.
 
-        Of a whole canvas without gradients it holds four maps of features at most: three from the way down and one, or
-        two and two.
+        Of a whole canvas without gradients it holds four maps of features at most.
         """
         u, kept = values, []
-        for index, block in enumerate(self.down):
-            first = self.enter if index == 0 else nn.Identity()
-            u = domain.over(partial(self._near, block, first, signal, tokens), u, halo=self.reach)
-            u = block.far(u, domain, signal)
+        for block, first in zip(self.down, (self.enter, nn.Identity(), nn.Identity()), strict=True):
+            u = self._block(block, first, domain, signal, tokens, u)
             kept.append(u)
         grid = self.grid(domain.to_nodes(u, self.node), signal, told)
-        u = domain.over(
-            lambda part, across: self._near(
-                self.up[0], self.mix[0], signal, tokens, part, part.read(grid, self.node), across
-            ),
-            kept.pop(), halo=self.reach,
-        )  # fmt: skip
-        u = self.up[0].far(u, domain, signal)
-        for block, mix in zip(self.up[1:], self.mix[1:], strict=True):
-            u = domain.over(partial(self._near, block, mix, signal, tokens), u, kept.pop(), halo=self.reach)
-            u = block.far(u, domain, signal)
-        return domain.over(lambda _, u: self.leave(u), u)
+        for index, (block, mix) in enumerate(zip(self.up, self.mix, strict=True)):
+            below = grid if index == 0 else None
+            parts = [kept.pop()] if index == 0 else [u, kept.pop()]
+            u = self._block(block, mix, domain, signal, tokens, *parts, grid=below)
+        return domain.over(lambda _, part: self.leave(part), u)
 
-    def _near(
-        self, block: nn.Module, mix: nn.Module, signal: Tensor, tokens: list[Tensor], domain: Domain, *parts: Tensor
-    ) -> Tensor:
-        return cast(PointBlock, block).near(mix(torch.cat(parts, -1)), domain, signal, tokens)
+    def _block(
+        self, block: nn.Module, mix: nn.Module, domain: Domain, signal: Tensor, tokens: list[Tensor], *parts: Tensor,
+        grid: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A block of what `mix` makes of the parts, and of the grid where it is given."""
+        this = cast(PointBlock, block)
+
+        def local(part: Domain, *features: Tensor) -> Tensor:
+            read = [] if grid is None else [part.read(grid, self.node)]
+            found: Tensor = this.local(mix(torch.cat([*read, *features], -1)), signal, part.near)
+            return found
+
+        u = domain.over(local, *parts, halo=self.reach)
+        del parts
+        return this.far(u, domain, signal, tokens)
