@@ -1,8 +1,8 @@
 """A Brush: a trained denoiser and all it needs to paint, as safetensors and JSON.
 
 On disk a brush is a folder: `brush.safetensors` (the weights), `brush.json` (sizes of the operator, the ladder, which
-encoder's embeddings it understands and their moments, how it was trained), and the manifest of `commit` with the
-SHA-256 of both.
+encoder's embeddings it understands and their moments, how it was trained; `system` where it is one of `baselines`), and
+the manifest of `commit` with the SHA-256 of both.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .baselines import OURS, System, build
 from .commit import fingerprint, read_manifest, sha256_of, staged, write_json
 from .condition import ConditionMap
 from .denoiser import Denoiser, DenoiserConfig
@@ -35,22 +36,38 @@ _WEIGHTS, _ABOUT = "brush.safetensors", "brush.json"
 
 @dataclass(frozen=True)
 class Brush:
-    """A trained denoiser, its ladder of pitches, and what it understands.
+    """A trained network, its ladder of pitches, and what it understands.
 
     `about`: encoder (name), fingerprint (of the encoder), tile (pixels), pitches (of embeddings, µm), embeddings
     (moments by pitch), objective, and the facts of its training.
     """
 
-    denoiser: Denoiser
+    network: Denoiser | System
     ladder: Ladder
     about: dict[str, Any]
     sha256: str = ""
 
     @property
+    def rival(self) -> System | None:
+        """The network, where it is one of `baselines`."""
+        return self.network if isinstance(self.network, System) else None
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network, where it is ours.
+
+        Raises:
+            TypeError: if not.
+        """
+        if isinstance(self.network, System):
+            raise TypeError(f"{self.network.name} is no Denoiser")
+        return self.network
+
+    @property
     def fingerprint(self) -> str:
         """A short digest of all that decides what it paints: weights, ladder, and what it knows of its embeddings."""
         digest = hashlib.sha256()
-        for name, weight in sorted(self.denoiser.state_dict().items()):
+        for name, weight in sorted(self.network.state_dict().items()):
             digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
         return fingerprint({"weights": digest.hexdigest(), "ladder": self.ladder.to_json(), "about": self.about})
 
@@ -76,10 +93,10 @@ class Brush:
             if mpp not in maps:
                 raise UsageError(f"the brush needs embeddings at {mpp:g} µm; the reference has {sorted(maps)}")
             lattice, values = maps[mpp].lattice, maps[mpp].values.astype(np.float32)
-            if values.shape[-1] != self.denoiser.config.dim:
+            if values.shape[-1] != self.network.config.dim:
                 raise UsageError(
                     f"the brush was trained on embeddings of {self.about['encoder']} "
-                    f"({self.denoiser.config.dim} numbers), the reference has {values.shape[-1]}; "
+                    f"({self.network.config.dim} numbers), the reference has {values.shape[-1]}; "
                     "embed it again with that encoder"
                 )
             present = np.isfinite(values[..., 0])
@@ -102,9 +119,10 @@ def save_brush(brush: Brush, target: Path, *, overwrite: bool = False) -> None:
     Raises:
         RefusedError, MachineError: as `commit.staged`.
     """
-    about = {"denoiser": brush.denoiser.config.to_json(), "ladder": brush.ladder.to_json(), **brush.about}
+    about = {"denoiser": brush.network.config.to_json(), "ladder": brush.ladder.to_json(), **brush.about}
+    about |= {"system": brush.rival.name} if brush.rival is not None else {}
     with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
-        state = {name: value.detach().contiguous().cpu() for name, value in brush.denoiser.state_dict().items()}
+        state = {name: value.detach().contiguous().cpu() for name, value in brush.network.state_dict().items()}
         save_file(state, stage / _WEIGHTS)
         write_json(stage / _ABOUT, about)
 
@@ -131,9 +149,13 @@ def load_brush(name: str | Path = "bundled", *, device: str = "cpu") -> Brush:
             )
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-        sizes = about.pop("denoiser")
-        denoiser = Denoiser(DenoiserConfig(**{**sizes, "depth": tuple(sizes["depth"])}))
-        denoiser.load_state_dict(load_file(folder / _WEIGHTS, device="cpu"))
+        system, sizes = about.pop("system", OURS), about.pop("denoiser")
+        network: Denoiser | System
+        if system == OURS:
+            network = Denoiser(DenoiserConfig(**{**sizes, "depth": tuple(sizes["depth"])}))
+        else:
+            network = build(system, sizes)
+        network.load_state_dict(load_file(folder / _WEIGHTS, device="cpu"))
         kept: dict[str, Any] = dict(about.pop("ladder"))
         kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
         ladder = Ladder(**kept)
@@ -142,5 +164,5 @@ def load_brush(name: str | Path = "bundled", *, device: str = "cpu") -> Brush:
         raise RefusedError(
             f"{folder}: made by another version of wsi-brush ({line}); train or fetch it again"
         ) from None
-    denoiser.eval().requires_grad_(False).to(device)
-    return Brush(denoiser, ladder, about, manifest["files"][_WEIGHTS]["sha256"])
+    network.eval().requires_grad_(False).to(device)
+    return Brush(network, ladder, about, manifest["files"][_WEIGHTS]["sha256"])

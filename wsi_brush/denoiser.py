@@ -176,7 +176,7 @@ class Denoiser(nn.Module):
             if known is not None:
                 table = torch.lerp(self.unknown[index].expand_as(table), table, known[:, None, None, None])
             tables.append(table)
-        setting = Setting(self.signal(_signal(sigma, mpp)), mpp, origin, tables, condition, [])
+        setting = Setting(self.signal(signal_of(sigma, mpp)), mpp, origin, tables, condition, [])
         for table, lattice in zip(tables, condition, strict=True):
             rows, columns = lattice.centres()
             place = torch.stack([setting.places(rows[s], columns[s], s) for s in range(len(rows))])
@@ -185,7 +185,7 @@ class Denoiser(nn.Module):
 
     def at(self, setting: Setting, sigma: Tensor) -> Setting:
         """The same setting at other noise levels (n,)."""
-        return replace(setting, signal=self.signal(_signal(sigma, setting.mpp)))
+        return replace(setting, signal=self.signal(signal_of(sigma, setting.mpp)))
 
     # -- sweep A -------------------------------------------------------------------------------------------
 
@@ -398,7 +398,7 @@ def node_mass(scenes: int, rows: int, columns: int) -> Tensor:
     return (down[:, None] * across).expand(scenes, -1, -1)[..., None]
 
 
-def _signal(sigma: Tensor, mpp: float) -> Tensor:
+def signal_of(sigma: Tensor, mpp: float) -> Tensor:
     """Noise level and pitch as waves: (n,) -> (n, 80)."""
     level = sigma.log()[:, None] / 4
     waves = torch.exp(torch.linspace(math.log(1.0), math.log(100.0), 32, device=sigma.device))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from .baselines import System
 from .brush import Brush
 from .denoiser import DenoiserConfig
 from .diffusion import Ladder, Move, Solver, finer, moves, ramped
@@ -175,6 +176,37 @@ def budget(painting: Painting, config: DenoiserConfig) -> tuple[int, int]:
     )
 
 
+def check_rival(rival: System, canvas: Grid, painting: Painting) -> None:
+    """Whether the canvas of one of `baselines` fits the memory that the painting may take.
+
+    Raises:
+        UsageError: if not.
+    """
+    need = _BASE + rival.bytes_for(canvas)
+    if need > painting.memory:
+        raise UsageError(
+            f"{rival.name} holds all of {canvas.height} x {canvas.width} pixels in memory, {need / 1e9:.2f} GB, and "
+            f"--max-memory is {painting.memory / 1e9:g}GB; give {need / 1e9 + 0.01:.2f}GB or more, or paint less"
+        )
+
+
+def _by_rival(
+    rival: System, brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, painting: Painting, tell: Tell | None
+) -> Plane:
+    check_rival(rival, canvas, painting)
+
+    def told(what: str, done: int, total: int) -> None:
+        if tell is not None:
+            tell(f"{what} with {rival.name} (interrupted, it begins anew)", done, total)
+
+    with torch.no_grad():
+        image = rival.paint(
+            brush.condition(maps, canvas, canvas.mpp), canvas, brush.ladder.starting_at(canvas.mpp),
+            seed=painting.seed, steps=painting.steps, guidance=painting.guidance, tell=told,
+        )  # fmt: skip
+    return np.asarray(image.cpu().numpy(), np.float32)
+
+
 def paint_canvas(
     brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, painting: Painting, *,
     work: Work | None = None, hands: Hands | None = None, tell: Tell | None = None,
@@ -183,13 +215,15 @@ def paint_canvas(
 
     With a work folder it goes on from the newest generation there, and the state is on disk where it is more than
     `painting.memory`; the plane that comes back may then lie there. `hands`: a cluster that does the tiles; then it is
-    on disk in any case.
+    on disk in any case. One of `baselines` paints by itself, in memory, and never goes on from a generation.
 
     Raises:
         UsageError: if the brush does not paint at that pitch, or the memory is too little.
         MachineError: if the disk has no room for the state.
         RefusedError: if a generation is damaged.
     """
+    if brush.rival is not None:
+        return _by_rival(brush.rival, brush, maps, canvas, painting, tell)
     ladder = brush.ladder.starting_at(canvas.mpp)
     todo = stages(ladder, painting)
     area = whole(canvas, ladder)

@@ -5,10 +5,22 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from .baselines import OURS, system_class
 from .coordinates import LADDER
 from .diffusion import Objective
 from .errors import UsageError
@@ -72,6 +84,31 @@ class Model(_Strict):
         return self
 
 
+class Rival(BaseModel):
+    """A system of `baselines` and its own sizes, which are checked as its configuration there says."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    system: str
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """All but `dim`, which is the encoder's."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checked(cls, given: dict[str, Any]) -> dict[str, Any]:
+        system, sizes = given["system"], {name: value for name, value in given.items() if name != "system"}
+        kind = system_class(system).sizes
+        known = [field.name for field in fields(kind) if field.name != "dim"]
+        for name in sizes:
+            if name not in known:
+                hint = _hint(name, known) or f"; it has {', '.join(known)}"
+                raise ValueError(f"{name}: is no size of {system}{hint}")
+        checked = asdict(TypeAdapter(kind).validate_python({"dim": 1, **sizes}))
+        return {"system": system} | {name: checked[name] for name in known}
+
+
 class Optimisation(_Strict):
     """How it is trained. It ends after `steps`, or `minutes` if they are over first; the rate falls to zero by then."""
 
@@ -110,9 +147,18 @@ class TrainConfig(_Strict):
     """A training run: [data], [model], [optimisation]."""
 
     data: Data
-    model: Model = Model()
+    model: Model | Rival = Model()
     optimisation: Optimisation = Optimisation()
     card: dict[str, JsonValue] = {}
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _of_its_system(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        sizes = {name: value for name, value in given.items() if name != "system"}
+        ours = given.get("system", OURS) == OURS
+        return Model.model_validate(sizes) if ours else Rival.model_validate(given)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -131,6 +177,10 @@ def read_config(path: Path) -> TrainConfig:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         known = [name for part in (TrainConfig, Data, Model, Optimisation, SlideSource) for name in part.model_fields]
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
-        hint = f"; did you mean {near[0]}?" if near and first["type"] == "extra_forbidden" else ""
+        hint = _hint(str(first["loc"][-1]), known) if first["type"] == "extra_forbidden" else ""
         raise UsageError(f"{path}: {key}: {first['msg']}{hint}") from None
+
+
+def _hint(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -26,7 +26,7 @@ from .encoder import Encoder
 from .errors import MachineError, RefusedError, UsageError
 from .grid import Grid
 from .machine import undisturbed
-from .paint import Painting, budget, paint_canvas, whole
+from .paint import Painting, budget, check_rival, paint_canvas, whole
 from .progress import Tell
 from .pyramid import SHARD, Pyramid
 from .scratch import working
@@ -140,6 +140,8 @@ def synthesize_slide(
             f"the brush was trained on embeddings of {brush.about['encoder']} ({brush.about['fingerprint'][:12]}), "
             f"the encoder is {encoder.name} ({encoder.fingerprint[:12]}); use the encoder it was trained with"
         )
+    if brush.rival is not None and client is not None:
+        raise UsageError(f"--scheduler: {brush.rival.name} paints in one process; leave it out")
     slide = open_slide(reference, assume_mpp=assume_mpp, force_mpp=force_mpp)
     if target.resolve() == slide.path.resolve():
         raise UsageError(f"{target}: is the reference itself; choose another output")
@@ -148,6 +150,8 @@ def synthesize_slide(
         _check_picture(png, overwrite=overwrite)
     tissue = find_tissue(slide)
     canvas = choose_canvas(slide, painting, tissue)
+    if brush.rival is not None:
+        check_rival(brush.rival, canvas, painting)
     parameters = _parameters(slide, canvas, painting, brush, encoder)
     with working(target, parameters, overwrite=overwrite) as work:
         told = None if tell is None else (lambda done, total: tell("embedding the reference", done, total))
@@ -197,14 +201,17 @@ def _parameters(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, en
         "mpp": canvas.mpp,
         "brush": brush.fingerprint,
         "encoder": encoder.fingerprint,
-        "seed": painting.seed,
-        "steps": painting.steps,
-        "guidance": painting.guidance,
-        "solver": painting.solver,
-        "progressive": painting.progressive,
+        **_sampling(painting, brush),
         "version": __version__,
         "torch": torch.__version__,
     }
+
+
+def _sampling(painting: Painting, brush: Brush) -> dict[str, Any]:
+    """How noise became an image; a rival has a sampler of its own."""
+    rival = brush.rival
+    own = {"solver": painting.solver, "progressive": painting.progressive} if rival is None else {"system": rival.name}
+    return {"seed": painting.seed, "steps": painting.steps, "guidance": painting.guidance, **own}
 
 
 def _provenance(
@@ -219,11 +226,7 @@ def _provenance(
         "brush_sha256": brush.sha256,
         "encoder": encoder.name,
         "encoder_fingerprint": encoder.fingerprint,
-        "seed": painting.seed,
-        "steps": painting.steps,
-        "guidance": painting.guidance,
-        "solver": painting.solver,
-        "progressive": painting.progressive,
+        **_sampling(painting, brush),
         "mpp": canvas.mpp,
         "reference": {
             "mpp": slide.mpp, "mpp_source": slide.mpp_source, "region": list(_level0(slide, canvas)),

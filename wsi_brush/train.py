@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .baselines import System, build
 from .brush import Brush, load_brush, save_brush
 from .commit import check_target, fingerprint, read_manifest, sha256_of, write_json
 from .coordinates import KIND as PACK
@@ -30,7 +31,7 @@ from .encoder import load_encoder
 from .errors import MachineError, RefusedError, UsageError
 from .objective import losses
 from .optimiser import optimisers
-from .recipe import Data, TrainConfig
+from .recipe import Data, Model, Rival, TrainConfig
 from .scratch import hold
 from .slide import open_slide
 
@@ -90,16 +91,26 @@ def _pack(data: Data, work: Path, slides: Path, tell: Tell) -> TrainingPack:
     return TrainingPack(path, in_memory=data.in_memory)
 
 
-def _start_from(brush: Brush, denoiser: Denoiser) -> None:
+def _network(model: Model | Rival, dim: int) -> Denoiser | System:
+    if isinstance(model, Rival):
+        return build(model.system, {"dim": dim, **model.sizes})
+    return Denoiser(DenoiserConfig(dim=dim, **model.model_dump()))
+
+
+def _losses(network: Denoiser | System, *given: Any) -> tuple[Tensor, Tensor]:
+    return network.losses(*given) if isinstance(network, System) else losses(network, *given)
+
+
+def _start_from(brush: Brush, denoiser: Denoiser | System) -> None:
     """Give `denoiser` the weights of a brush of the same sizes.
 
     Raises:
         UsageError: if the sizes differ.
     """
-    if brush.denoiser.config != denoiser.config:
-        theirs, ours = brush.denoiser.config, denoiser.config
+    if brush.network.config != denoiser.config:
+        theirs, ours = brush.network.config, denoiser.config
         raise UsageError(f"start: that brush has other sizes ({theirs}) than [model] and the encoder ask for ({ours})")
-    denoiser.load_state_dict(brush.denoiser.state_dict())
+    denoiser.load_state_dict(brush.network.state_dict())
     denoiser.requires_grad_(True)
 
 
@@ -110,7 +121,7 @@ class _Run:
         self.config, self.pack, self.work = config, pack, work
         o = config.optimisation
         torch.manual_seed(o.seed)
-        self.denoiser = Denoiser(DenoiserConfig(dim=pack.about["dim"], **config.model.model_dump()))
+        self.denoiser = _network(config.model, pack.about["dim"])
         if o.start is not None:
             _start_from(load_brush(o.start), self.denoiser)
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False)
@@ -182,7 +193,7 @@ class _Run:
         place = self.number * o.shards + shard
         generator = torch.Generator().manual_seed(o.seed * 1_000_003 + place)
         scenes = self.sampler.draw(place, o.batch)
-        window, scattered = losses(self.denoiser, self.ladder, scenes, self.pack.about, o, generator)
+        window, scattered = _losses(self.denoiser, self.ladder, scenes, self.pack.about, o, generator)
         total = window + o.scattered * scattered
         if not torch.isfinite(total):
             raise MachineError(
@@ -209,7 +220,7 @@ class _Run:
             for batch in range(batches):
                 generator = torch.Generator().manual_seed(batch)
                 scenes = sampler.draw(batch, 8, mpp=mpp)
-                values.append(losses(self.average, self.ladder, scenes, self.pack.about, o, generator)[0].item())
+                values.append(_losses(self.average, self.ladder, scenes, self.pack.about, o, generator)[0].item())
             found.append(f"{mpp:g} µm {sum(values) / len(values):.4f}")
         self._clock = time.monotonic()  # judging is not training
         return ", ".join(found)
@@ -217,7 +228,8 @@ class _Run:
     def brush(self) -> Brush:
         """The averaged weights as a brush."""
         about = {name: self.pack.about[name] for name in ("encoder", "fingerprint", "tile", "embeddings")}
-        about |= {"objective": self.config.optimisation.objective, **self.config.card}
+        own = {} if isinstance(self.denoiser, System) else {"objective": self.config.optimisation.objective}
+        about |= own | self.config.card
         about |= {"training": {"steps": self.number, "minutes": round(self.seconds / 60, 1)}}
         about["training"] |= self.config.model_dump(mode="json", exclude={"card": True, "data": {"slides"}})
         average = copy.deepcopy(self.average).eval().requires_grad_(False)

@@ -1,14 +1,18 @@
 """The systems of the paper's tables, trained and used as a brush is: `system` in a recipe, `--brush` to paint with it.
 
-Each is one module with one class, a `System`. They hold the canvas in memory, as their authors do.
+Each is one module with one class, a `System`, which is imported when its name is asked for. They hold the canvas in
+memory, as their authors do.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from ..condition import ConditionMap
@@ -18,15 +22,25 @@ from ..grid import Grid
 from ..objective import Drawing
 from ..progress import Tell
 
+OURS = "ours"
+"""What `system` says where the network is the brush's own denoiser."""
+SYSTEMS = {
+    "infty-diff": "infty_diff.InftyDiff",
+    "infty-brush": "infty_brush.InftyBrush",
+    "infty-brush-no-cross": "infty_brush.InftyBrushNoCross",
+}
+"""Module and class of every rival, by name."""
+
 
 class System(nn.Module, ABC):
-    """A rival of the brush's denoiser.
+    """A rival of the brush's denoiser, made of its `config`.
 
-    `config`: its sizes, a frozen dataclass that has `dim` (of the embeddings) and `to_json`. `name`: what `system` in a
-    recipe and in `brush.json` says.
+    `sizes`: the type of `config`, a frozen dataclass that has `dim` (of the embeddings) and `to_json`. `name`: what
+    `system` in a recipe and in `brush.json` says.
     """
 
     name: ClassVar[str]
+    sizes: ClassVar[type[Any]]
     config: Any
 
     @abstractmethod
@@ -49,3 +63,26 @@ class System(nn.Module, ABC):
     def bytes_for(self, canvas: Grid) -> int:
         """What `paint` holds at most, beside the process itself."""
         ...
+
+
+def system_class(name: str) -> type[System]:
+    """A rival's class; its module is imported here.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in SYSTEMS:
+        raise ValueError(f"system {name!r}; expected one of {', '.join((OURS, *SYSTEMS))}")
+    module, found = SYSTEMS[name].split(".")
+    kind: type[System] = getattr(import_module(f".{module}", __name__), found)
+    return kind
+
+
+def build(name: str, sizes: Mapping[str, Any]) -> System:
+    """A rival with new weights, of sizes from a recipe or from `brush.json`.
+
+    Raises:
+        ValueError: if there is none of that name, or a size is not what it has to be.
+    """
+    kind = system_class(name)
+    return kind(TypeAdapter(kind.sizes).validate_python(dict(sizes)))

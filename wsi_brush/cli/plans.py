@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SlideError
 
 if TYPE_CHECKING:
+    from ..baselines import System
     from ..brush import Brush
     from ..encoder import Encoder
+    from ..grid import Grid
     from ..paint import Painting
     from ..slide import Slide
 
@@ -54,6 +56,8 @@ def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, paint
     from ..tissue import find_tissue
 
     ladder = brush.ladder.starting_at(painting.mpp)  # before the slide is searched for tissue
+    if brush.rival is not None:
+        return _plan_rival(brush.rival, choose_canvas(slide, painting, find_tissue(slide)), out, painting)
     tile, room = budget(painting, brush.denoiser.config)
     canvas = choose_canvas(slide, painting, find_tissue(slide))
     seconds = painting_seconds(brush, canvas, painting) + embedding_seconds(encoder, brush, canvas)
@@ -72,6 +76,21 @@ def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, paint
         "tiles": f"{tile} x {tile} pixels",
         "memory": f"at most {memory / 1e9:.1f} GB",
         "disk": f"at most {(pixels * 4 + state) / 1e6:.0f} MB, of which {pixels * 4 / 1e6:.0f} MB stay",
+        "output": f"{out}{' (exists)' if out.exists() else ''}",
+    }
+
+
+def _plan_rival(rival: System, canvas: Grid, out: Path, painting: Painting) -> dict[str, Any]:
+    from ..paint import check_rival
+
+    check_rival(rival, canvas, painting)
+    return {
+        "canvas": f"{canvas.height} x {canvas.width} pixels at {canvas.mpp:g} µm",
+        "corner": f"row {canvas.top}, column {canvas.left} (pixels at {canvas.mpp:g} µm)",
+        "time": f"not known for {rival.name}",
+        "steps": f"{painting.steps}, all at {canvas.mpp:g} µm; interrupted, it begins anew",
+        "memory": f"about {rival.bytes_for(canvas) / 1e9:.1f} GB, and one more for the process",
+        "disk": f"about {canvas.height * canvas.width * 4 / 1e6:.0f} MB",
         "output": f"{out}{' (exists)' if out.exists() else ''}",
     }
 

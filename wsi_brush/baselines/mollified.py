@@ -1,0 +1,189 @@
+"""The diffusion of ∞-Diff and ∞-Brush: mollified images, mollified noise, scattered points, and a Wiener read-out.
+
+The state is u = A u_0 + σ A ξ with A a truncated Gaussian and white ξ; the network says A ξ at the points it is given.
+What is left after the last step is A u_0, and is divided by A's response g as g / (g² + 0.05²).
+
+Noise levels are the cosine schedule of Nichol and Dhariwal (2021) with 1000 times, as both papers train and sample, and
+not this project's ladder, which is part of what they are compared with; it is cut to the ladder's range of σ, since the
+first of DDIM's steps would else lead from σ = 20,000 to 32 at once.
+
+Departures: A is normalised by the present neighbours at a border, and the noise of a painting is read beyond it, where
+theirs reflects and has twice the variance there; places are in µm, so that a canvas may be larger than the scenes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..condition import ConditionMap
+from ..coordinates import Scenes
+from ..diffusion import SIGMA_DATA, Ladder
+from ..field import NoiseField, mollifier, mollifier_radius, mollify
+from ..grid import Grid
+from ..objective import Drawing
+from ..objective import _maps as maps_of
+from ..progress import Tell, Told
+from . import System
+from .points import Domain
+
+Weighting = Literal["plain", "theorem1"]
+TIMES = 1000
+NOISE_TO_SIGNAL = 0.05
+"""Of the Wiener filter: below this response frequencies are given up."""
+_STATE = 24  # numbers a pixel beside features: state, input, both noises, image, and what is made of them
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """The cosine schedule; `kept[t]` is ᾱ_t for t = 0 to TIMES, and only σ from `low` to `high` are used."""
+
+    kept: Tensor
+    low: float
+    high: float
+
+    @staticmethod
+    def within(ladder: Ladder) -> Cosine:
+        """Cut to a ladder's range."""
+        angle = (torch.arange(TIMES + 1, dtype=torch.float64) / TIMES + 0.008) / 1.008 * math.pi / 2
+        shares = (angle.cos() ** 2).clamp_min(0)
+        ratios = (shares[1:] / shares[:-1]).clamp_min(0.001)  # β is 0.999 at most
+        return Cosine(torch.cat([torch.ones(1).double(), ratios.cumprod(0)]), ladder.sigma_min, ladder.sigma_max)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """σ_t = √((1 - ᾱ_t) / ᾱ_t)."""
+        return ((1 - self.kept) / self.kept).sqrt()
+
+    @property
+    def times(self) -> Tensor:
+        """The times that are used; never the first, whose posterior has no width."""
+        return torch.nonzero((self.sigmas >= self.low) & (self.sigmas <= self.high)).flatten().clamp_min(2).unique()
+
+    def path(self, steps: int) -> list[float]:
+        """Noise levels of so many evaluations, evenly spaced in time, and the end, 0."""
+        times = self.times.flip(0)
+        places = torch.linspace(0, len(times) - 1, min(steps, len(times))).round().long()
+        return [*self.sigmas[times[places]].tolist(), 0.0]
+
+    def theorem1(self, times: Tensor) -> Tensor:
+        """λ_t = β_t² / (2 β̃_t (1 - β_t) (1 - ᾱ_t)): ∞-Brush, Theorem 1, with white noise, C = 1, so C^-½ is 1 too.
+
+        With it the squared error of the noise is the divergence of the reverse step from the posterior, where both have
+        the covariance β̃_t C. (For the process's own covariance, A C Aᵀ, the error would have to be that of ξ itself,
+        before A: at scattered points it cannot be had.)
+        """
+        kept, before = self.kept[times], self.kept[times - 1]
+        beta = 1 - kept / before
+        posterior = (1 - before) / (1 - kept) * beta
+        return beta**2 / (2 * posterior * (1 - beta) * (1 - kept))
+
+
+def wiener(image: Tensor, width: float) -> Tensor:
+    """A⁻¹ of (c, h, w) where A, of `width` pixels, has left something: g / (g² + 0.05²) of every cosine (DCT-II).
+
+    Exact for the A of `field.mollify` but within its radius of a border.
+    """
+    from scipy.fft import dctn, idctn
+
+    responses = [_response(side, width) for side in image.shape[1:]]
+    gain = responses[0][:, None] * responses[1]
+    gain /= gain**2 + NOISE_TO_SIGNAL**2
+    found = [idctn(dctn(plane.numpy(), norm="ortho") * gain, norm="ortho") for plane in image]
+    return torch.from_numpy(np.stack(found).astype(np.float32))
+
+
+def _response(side: int, width: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What A makes of cos(π k (i + ½) / side), for every k."""
+    reach = mollifier_radius(width)
+    angles = math.pi / side * torch.arange(side).double()[:, None] * torch.arange(-reach, reach + 1)
+    return np.asarray((angles.cos() * mollifier(width).double()).sum(1), np.float32)
+
+
+class Mollified(System):
+    """What the systems of this kind share; `config` has `width`, `grid`, `node`, `mollifier` and `kernel`."""
+
+    conditional: ClassVar[bool] = True
+    weighting: Weighting = "plain"
+
+    @abstractmethod
+    def noise(
+        self, values: Tensor, domain: Domain, sigma: Tensor, condition: list[ConditionMap], known: Tensor
+    ) -> Tensor:
+        """A ξ at a domain, (n, rows, columns, 3), from values there of about unit variance; `known` (n,) is 0 where
+        the condition is withheld."""
+        ...
+
+    def losses(
+        self, ladder: Ladder, scenes: Scenes, about: dict[str, Any], drawing: Drawing, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Mean squared error of A ξ at scattered points, and nothing at windows.
+
+        There are as many points as the window and the scattered points of the recipe have together, uniform over the
+        scene without repetition.
+        """
+        image, width = torch.from_numpy(scenes.images), self.config.mollifier
+        n, _, size, _ = image.shape
+        schedule = Cosine.within(ladder)
+        drawn = torch.randint(len(schedule.times), (n,), generator=generator)
+        times = schedule.times[drawn]
+        sigma = schedule.sigmas[times].float()
+        noise = mollify(torch.randn(image.shape, generator=generator), width)
+        noisy = mollify(image, width) + sigma[:, None, None, None] * noise
+        known = (torch.rand(n, generator=generator) >= drawing.unconditional).float()
+        origin = torch.rand(n, 2, generator=generator).double() * 8192
+        count = min(size * size, scenes.window**2 + scenes.points.shape[1])
+        flat = torch.stack([torch.randperm(size * size, generator=generator)[:count].sort()[0] for _ in range(n)])
+        places = torch.stack([flat // size, flat % size], -1)
+        domain = Domain.scattered(places, (size, size), scenes.mpp, origin, side=self.config.kernel)
+        noisy, noise = (u.flatten(2).gather(2, flat[:, None].expand(-1, 3, -1)) for u in (noisy, noise))
+        values = self._scaled(noisy.transpose(1, 2)[:, :, None], sigma)
+        said = self.noise(values, domain, sigma, maps_of(scenes, about), known)
+        error = ((said[:, :, 0] - noise.transpose(1, 2)) ** 2).mean((1, 2))
+        if self.weighting == "theorem1":
+            error = error * schedule.theorem1(times).float()
+        return error.mean(), torch.zeros(())
+
+    def _scaled(self, values: Tensor, sigma: Tensor) -> Tensor:
+        """In units of their spread: A leaves white noise the variance that its squared taps sum to."""
+        noise = float((mollifier(self.config.mollifier) ** 2).sum()) ** 2
+        return values / (SIGMA_DATA**2 + noise * sigma**2).sqrt()[:, None, None, None]
+
+    def paint(
+        self, condition: list[ConditionMap], canvas: Grid, ladder: Ladder, *, seed: int, steps: int, guidance: float,
+        tell: Tell | None = None,
+    ) -> Tensor:  # fmt: skip
+        """DDIM on the mollified state, every u_0 cut to [-1, 1] as in both papers, then the Wiener read-out."""
+        area, width = canvas.rounded(self.config.node), self.config.mollifier
+        path = Cosine.within(ladder).path(steps)
+        domain = Domain.lattice(area.shape, canvas.mpp, torch.tensor([canvas.extent[:2]], dtype=torch.float64))
+        state = NoiseField(seed).read_mollified(area, width=width).mul_(path[0])
+        told = Told(tell, "painting", len(path) - 1)
+        for sigma, following in pairwise(path):
+            image = (state - sigma * self._guided(state, domain, sigma, condition, guidance)).clamp_(-1, 1)
+            state = torch.lerp(image, state, following / sigma)
+            told.add()
+        return wiener(state[:, : canvas.height, : canvas.width], width)
+
+    def _guided(
+        self, state: Tensor, domain: Domain, sigma: float, condition: list[ConditionMap], guidance: float
+    ) -> Tensor:
+        level = torch.tensor([sigma])
+        values = self._scaled(state.permute(1, 2, 0)[None], level)
+        said = self.noise(values, domain, level, condition, torch.ones(1))
+        if self.conditional and guidance != 1:
+            said = torch.lerp(self.noise(values, domain, level, condition, torch.zeros(1)), said, guidance)
+        return said[0].permute(2, 0, 1)
+
+    def bytes_for(self, canvas: Grid) -> int:
+        """Four maps of features over all pixels, and the nodes' features."""
+        area, sizes = canvas.rounded(self.config.node), self.config
+        pixels = area.height * area.width
+        return 4 * pixels * (4 * sizes.width + _STATE) + 4 * pixels // sizes.node**2 * 16 * sizes.grid
