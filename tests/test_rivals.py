@@ -1,0 +1,293 @@
+"""The finite-dimensional rivals: they learn, they paint as their papers say, and they say what they need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from wsi_brush.baselines import System
+from wsi_brush.baselines.patches import Patches, PatchesConfig, _Residual, embedding_at, own, slerp
+from wsi_brush.condition import ConditionMap
+from wsi_brush.coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
+from wsi_brush.diffusion import Ladder, moves, solve
+from wsi_brush.errors import UsageError, WsiBrushError
+from wsi_brush.field import NoiseField
+from wsi_brush.grid import Grid
+from wsi_brush.recipe import Optimisation
+from wsi_brush.slide import open_slide
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LADDER = Ladder((0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.1, 0.1, 0.1))
+DIM = 6
+
+
+class Colours:
+    """An encoder: mean and spread of a tile's colours."""
+
+    name, dim, tile, fingerprint = "colours", DIM, 32, "c0ffee"
+
+    def __call__(self, tiles: NDArray[np.uint8], /) -> NDArray[np.float32]:
+        plain = tiles.astype(np.float32) / 255
+        return np.concatenate([plain.mean((1, 2)), plain.std((1, 2))], 1)
+
+
+@pytest.fixture(scope="module")
+def pack(tissue_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingPack:
+    target = tmp_path_factory.mktemp("rivals") / "pack"
+    build_pack([open_slide(tissue_slide)], target, encoder=Colours())
+    return TrainingPack(target, in_memory=True)
+
+
+def scenes_of(pack: TrainingPack, *, batch: int = 2, mpp: float = 0.5) -> Scenes:
+    sampler = CoordinateSampler(pack, shares=(1,) * 5, sizes=(64, 64, 64, 64, 32), window=32, points=4)
+    return sampler.draw(0, batch, mpp=mpp)
+
+
+def fitted(system: System, pack: TrainingPack, steps: int, *, rate: float = 4e-3) -> tuple[float, float]:
+    """Loss of one batch with one draw of noise, before and after so many steps on it."""
+    scenes, drawing = scenes_of(pack), Optimisation(unconditional=0.0)
+    optimiser = torch.optim.Adam(system.parameters(), lr=rate)
+    found = []
+    for _ in range(steps + 1):
+        window, scattered = system.losses(LADDER, scenes, pack.about, drawing, torch.Generator().manual_seed(0))
+        found.append(window.item())
+        assert scattered.item() == 0
+        optimiser.zero_grad()
+        window.backward()
+        optimiser.step()
+    return found[0], found[-1]
+
+
+def lattice(values: Tensor, cell: float, *, present: Tensor | None = None, corner: float = 0.0) -> ConditionMap:
+    """One scene's map of embeddings (rows, columns, dim)."""
+    there = torch.ones(values.shape[:2]) if present is None else present
+    return ConditionMap(values[None], there[None], torch.full((1, 2), corner), cell)
+
+
+def one_line(found: pytest.ExceptionInfo[WsiBrushError], *words: str) -> None:
+    message = str(found.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def stirred(system: nn.Module) -> None:
+    """No weight is zero, so every part has its say."""
+    with torch.no_grad():
+        for parameter in system.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+
+
+# -- patches -----------------------------------------------------------------------------------------------
+
+SMALL = PatchesConfig(dim=DIM, side=16, width=8, levels=2, blocks=1, heads=2)
+
+
+def test_patches_learn(pack: TrainingPack) -> None:
+    torch.manual_seed(0)
+    before, after = fitted(Patches(SMALL), pack, 40)
+    assert after < 0.6 * before, (before, after)
+
+
+def test_patches_hear_their_embedding_and_their_pitch_and_no_condition_is_none() -> None:
+    torch.manual_seed(0)
+    system = Patches(SMALL).eval()
+    stirred(system)
+    x, sigma = torch.randn(1, 3, 16, 16), torch.tensor([0.5])
+    one, other = torch.randn(2, 1, DIM)
+
+    def said(embedding: Tensor, known: float, *, mpp: float = 0.5, present: float = 1.0) -> Tensor:
+        told = system.tell_of(embedding, torch.tensor([float(present)]), torch.tensor([float(known)]))
+        return system(x, sigma, mpp, told)
+
+    assert not torch.allclose(said(one, 1), said(other, 1), atol=1e-3)
+    assert not torch.allclose(said(one, 1), said(one, 1, mpp=2.0), atol=1e-3)
+    assert not torch.allclose(said(one, 1, present=0), said(one, 0), atol=1e-4)
+    assert torch.equal(said(one, 0), said(other, 0))
+    assert torch.equal(said(one, 1, present=0), said(other, 1, present=0))
+
+
+def test_a_scene_smaller_than_a_patch_is_refused(pack: TrainingPack) -> None:
+    system = Patches(PatchesConfig(dim=DIM, side=64, width=8, levels=2, blocks=1))
+    with pytest.raises(UsageError) as found:
+        system.losses(LADDER, scenes_of(pack, mpp=8.0), pack.about, Optimisation(), torch.Generator())
+    one_line(found, "32 pixels at 8 µm", "sizes", "64")
+    with pytest.raises(UsageError, match="side 30"):
+        PatchesConfig(dim=DIM, side=30)
+
+
+def test_slerp_keeps_length_and_turns_evenly() -> None:
+    first = torch.tensor([[1.0, 0, 0]]).expand(5, -1)
+    angle = 2.0
+    second = torch.tensor([[math.cos(angle), math.sin(angle), 0]]).expand(5, -1)
+    weight = torch.tensor([0, 0.25, 0.5, 0.75, 1])
+    expected = torch.stack([(weight * angle).cos(), (weight * angle).sin(), 0 * weight], 1)
+    torch.testing.assert_close(slerp(first, second, weight), expected)
+    near = torch.tensor([[1.0, 0.01, 0]]).expand(5, -1)  # cosine 0.99995
+    torch.testing.assert_close(slerp(first, near, weight), torch.lerp(first, near, weight[:, None]), rtol=0, atol=0)
+    opposite = slerp(first, -first, weight)
+    torch.testing.assert_close(opposite, first * (1 - 2 * weight[:, None]))
+
+
+def test_an_embedding_is_read_by_its_patchs_corner_two_across_then_down() -> None:
+    values = torch.nn.functional.normalize(torch.randn(3, 4, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
+    found = lattice(values, 16.0)
+    corner = torch.tensor([[0.0, 0], [16, 32], [4, 8], [20, 44], [-50, -50], [99, 99]])
+    embedding, present = embedding_at(found, torch.zeros(6, dtype=torch.long), corner + 8)
+    assert torch.equal(present, torch.ones(6))
+    torch.testing.assert_close(embedding[:2], torch.stack([values[0, 0], values[1, 2]]))
+    torch.testing.assert_close(embedding[4:], torch.stack([values[0, 0], values[2, 3]]))
+    for index, (row, column, down, across) in enumerate([(0, 0, 0.25, 0.5), (1, 2, 0.25, 0.75)], 2):
+        pairs = [
+            slerp(values[r, column][None], values[r, column + 1][None], torch.tensor([across])) for r in (row, row + 1)
+        ]
+        torch.testing.assert_close(embedding[index], slerp(*pairs, torch.tensor([down]))[0])
+
+
+def test_an_absent_cell_gives_no_direction_and_takes_its_part_of_the_presence() -> None:
+    values = torch.zeros(1, 2, DIM)
+    values[0, 0, 0] = 2.0
+    found = lattice(values, 16.0, present=torch.tensor([[1.0, 0.0]]))
+    corner = torch.tensor([[0.0, 0], [0, 4], [0, 12], [0, 16]])
+    embedding, present = embedding_at(found, torch.zeros(4, dtype=torch.long), corner + 8)
+    torch.testing.assert_close(embedding[:3], values[0, :1].expand(3, -1))
+    torch.testing.assert_close(present, torch.tensor([1.0, 0.75, 0.25, 0.0]))
+
+
+def test_the_set_is_the_one_whose_tiles_are_as_large_as_a_patch() -> None:
+    sets = [lattice(torch.randn(2, 2, DIM), cell) for cell in (32.0, 128.0, 512.0)]
+    assert [own(sets, side).cell for side in (16, 64, 128, 300)] == [32, 32, 128, 512]
+    torch.testing.assert_close(own(sets, 16).values.norm(dim=-1), torch.full((1, 2, 2), math.sqrt(DIM)))
+
+
+Exact = Callable[..., Tensor]
+
+
+def gaussian(mean: float, spread: float) -> Exact:
+    """What the image is thought to be where every value is drawn from N(mean, spread²)."""
+
+    def image(x: Tensor, sigma: float, *given: Any, **named: Any) -> Tensor:
+        return (spread**2 * x + sigma**2 * mean) / (spread**2 + sigma**2)
+
+    return image
+
+
+def patches_that_know(image: Exact, monkeypatch: pytest.MonkeyPatch) -> Patches:
+    system = Patches(SMALL).eval()
+    monkeypatch.setattr(system, "image", image)
+    return system
+
+
+ONE = [lattice(torch.ones(1, 1, DIM), 16.0)]
+
+
+@pytest.mark.parametrize("shape", [(37, 50), (5, 9), (16, 16)])
+def test_windows_of_a_constant_are_that_constant(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a canvas that windows do not fill, and on one smaller than a window."""
+    system = patches_that_know(lambda x, *given, **named: torch.full_like(x, 0.3), monkeypatch)
+    heard = list[tuple[str, int, int]]()
+    canvas = Grid(0.5, 3, -7, *shape)
+    found = system.paint(ONE, canvas, LADDER, seed=0, steps=3, guidance=2, tell=lambda *told: heard.append(told))
+    assert found.shape == (3, *shape)
+    torch.testing.assert_close(found, torch.full_like(found, 0.3), rtol=0, atol=1e-6)
+    assert heard[-1][1] == heard[-1][2]
+
+
+def test_exact_patches_paint_what_the_whole_canvas_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pointwise posterior does not know of windows: with the same noise, the canvas in one piece comes out."""
+    system = patches_that_know(gaussian(0.2, 0.4), monkeypatch)
+    canvas, field, steps = Grid(0.5, 10, 20, 40, 56), NoiseField(7), 12
+    found = system.paint(ONE, canvas, LADDER, seed=7, steps=steps, guidance=1)
+    sigmas = [80 * (0.02 / 80) ** (index / (steps - 1)) for index in range(steps)]
+    whole = solve(
+        gaussian(0.2, 0.4), 80 * field.read(canvas), moves([*sigmas, 0.0], "ancestral"),
+        noise=lambda stream: field.read(canvas, stream=stream),
+    )  # fmt: skip
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_exact_patches_end_in_the_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variance of the end follows from the moves; with steps enough it is that of the data."""
+    mean, spread, steps = 0.2, 0.4, 40
+    sigmas = [80 * (0.02 / 80) ** (index / (steps - 1)) for index in range(steps)]
+    middle, variance = 0.0, 80.0**2
+    for move in moves([*sigmas, 0.0], "ancestral"):
+        trust = spread**2 / (spread**2 + move.sigma**2)
+        middle = (move.keep + move.new * trust) * middle + move.new * (1 - trust) * mean
+        variance = (move.keep + move.new * trust) ** 2 * variance + move.fresh**2
+    assert middle == pytest.approx(mean, abs=1e-3)
+    assert math.sqrt(variance) == pytest.approx(spread, rel=0.1)
+    system = patches_that_know(gaussian(mean, spread), monkeypatch)
+    found = system.paint(ONE, Grid(0.5, 0, 0, 32, 64), LADDER, seed=1, steps=steps, guidance=1)
+    error = math.sqrt(variance / found.numel())
+    assert abs(found.mean().item() - middle) < 4 * error
+    assert abs(found.std().item() - math.sqrt(variance)) < 4 * error / math.sqrt(2)
+
+
+def test_there_is_no_seam_between_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where windows show their embedding, neighbouring pixels differ by a quarter of what tiles side by side would."""
+
+    def image(x: Tensor, sigma: float, mpp: float, embedding: Tensor, *given: Any, **named: Any) -> Tensor:
+        return embedding[:, :3, None, None].expand_as(x)
+
+    turn = 0.3 * (torch.arange(4.0)[:, None] + torch.arange(4.0))
+    values = torch.stack([turn.cos(), turn.sin(), *[0 * turn] * (DIM - 2)], -1)
+    system, canvas = patches_that_know(image, monkeypatch), Grid(0.5, 0, 0, 64, 64)
+    found = system.paint([lattice(values, 16.0)], canvas, LADDER, seed=0, steps=2, guidance=1)
+    tiles = 2 * math.sin(0.15) * math.sqrt(DIM)
+    for axis in (1, 2):
+        jumps = found.diff(dim=axis).norm(dim=0)
+        assert 0.2 * tiles < jumps.max().item() < 0.26 * tiles
+
+
+def test_a_canvas_is_a_function_of_its_place_and_seed() -> None:
+    torch.manual_seed(0)
+    system = Patches(SMALL).eval()
+    stirred(system)
+    condition = [lattice(torch.randn(4, 4, DIM), 16.0)]
+    first, again, other, moved = (
+        system.paint(condition, Grid(0.5, top, 0, 24, 32), LADDER, seed=seed, steps=2, guidance=1.5)
+        for top, seed in ((0, 0), (0, 0), (0, 1), (8, 0))
+    )
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=0.1)
+    assert not torch.allclose(first, moved, atol=0.1)
+
+
+def test_guidance_is_theirs_with_w_one_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ε = (1 + w) ε_c - w ε_u; at w = 0 the unconditional model is not asked at all."""
+    torch.manual_seed(0)
+    system = Patches(SMALL).eval()
+    stirred(system)
+    x, sigma, embedding, present = torch.randn(2, 3, 16, 16), 0.7, torch.randn(2, DIM), torch.ones(2)
+    told = list[Tensor]()
+    plain = system.tell_of
+
+    def tell_of(embedding: Tensor, present: Tensor, known: Tensor) -> Tensor:
+        told.append(known)
+        return plain(embedding, present, known)
+
+    monkeypatch.setattr(system, "tell_of", tell_of)
+    conditional = system.image(x, sigma, 0.5, embedding, present, guidance=1)
+    assert [known.tolist() for known in told] == [[1, 1]]
+    unconditional = system.image(x, sigma, 0.5, embedding, present, guidance=0)
+    guided = system.image(x, sigma, 0.5, embedding, present, guidance=4)
+    noise = [(x - image) / sigma for image in (conditional, unconditional, guided)]
+    torch.testing.assert_close(noise[2], 4 * noise[0] - 3 * noise[1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(conditional, unconditional, atol=1e-3)
+
+
+def test_patches_state_their_memory() -> None:
+    system = Patches(SMALL)
+    small, large = (system.bytes_for(Grid(0.5, 0, 0, side, side)) for side in (1024, 2048))
+    assert 12 * 2048**2 < large < 3.9 * small
+    assert PatchesConfig(**system.config.to_json()) == system.config  # type: ignore[arg-type]
+    assert sum(isinstance(module, _Residual) for module in system.modules()) == 6
