@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wsi_brush.baselines import System
+from wsi_brush.baselines.fixed import Fixed, FixedConfig, enlarged
 from wsi_brush.baselines.patches import Patches, PatchesConfig, _Residual, embedding_at, own, slerp
 from wsi_brush.condition import ConditionMap
 from wsi_brush.coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
 from wsi_brush.diffusion import Ladder, moves, solve
-from wsi_brush.errors import UsageError, WsiBrushError
+from wsi_brush.errors import MachineError, UsageError, WsiBrushError
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
 from wsi_brush.recipe import Optimisation
@@ -93,7 +95,7 @@ SMALL = PatchesConfig(dim=DIM, side=16, width=8, levels=2, blocks=1, heads=2)
 
 def test_patches_learn(pack: TrainingPack) -> None:
     torch.manual_seed(0)
-    before, after = fitted(Patches(SMALL), pack, 40)
+    before, after = fitted(Patches(SMALL), pack, 25, rate=8e-3)
     assert after < 0.6 * before, (before, after)
 
 
@@ -291,3 +293,121 @@ def test_patches_state_their_memory() -> None:
     assert 12 * 2048**2 < large < 3.9 * small
     assert PatchesConfig(**system.config.to_json()) == system.config  # type: ignore[arg-type]
     assert sum(isinstance(module, _Residual) for module in system.modules()) == 6
+
+
+# -- fixed -------------------------------------------------------------------------------------------------
+
+TINY = FixedConfig(dim=DIM, size=32, width=8, levels=2, blocks=1, heads=2, tokens=2)
+THREE = [
+    lattice(torch.randn(4, 4, DIM, generator=torch.Generator().manual_seed(2)), cell) for cell in (16.0, 64.0, 256.0)
+]
+
+
+def test_fixed_learns(pack: TrainingPack) -> None:
+    torch.manual_seed(0)
+    before, after = fitted(Fixed(TINY), pack, 15, rate=8e-3)
+    assert after < 0.6 * before, (before, after)
+
+
+def test_fixed_hears_its_tokens_and_the_size_of_its_pixels() -> None:
+    torch.manual_seed(0)
+    system = Fixed(TINY).eval()
+    stirred(system)
+    x, time = torch.randn(1, 3, 32, 32), torch.tensor([300])
+    yes, no = torch.ones(1), torch.zeros(1)
+    other = [lattice(one.values[0].flip(0), one.cell) for one in THREE]
+    with torch.no_grad():
+        plain = system.velocity(x, time, 8.0, system.tokens_of(THREE, 64, yes))
+        assert not torch.allclose(plain, system.velocity(x, time, 8.0, system.tokens_of(other, 64, yes)), atol=1e-4)
+        assert not torch.allclose(plain, system.velocity(x, time, 1.0, system.tokens_of(THREE, 64, yes)), atol=1e-4)
+    assert torch.equal(system.tokens_of(THREE, 64, no), system.tokens_of(other, 64, no))
+
+
+def test_a_token_is_the_mean_of_the_cells_in_its_part_that_are_there() -> None:
+    system = Fixed(TINY)
+    with torch.no_grad():
+        for project in system.embed:
+            project.weight.zero_()[:DIM].fill_diagonal_(1)
+            project.bias.zero_()
+        system.place.zero_()
+        system.absent.fill_(9)
+    values = torch.arange(4.0)[:, None, None] + torch.zeros(4, 4, DIM)
+    here = torch.ones(4, 4)
+    here[:, 2:] = 0
+    sets = [lattice(values * here[..., None], 16.0, present=here), *THREE[1:]]
+    found = system.tokens_of(sets, 64, torch.ones(1))[0, :4, :DIM]
+    # Eight readings a side, every half cell from -0.25 on; beyond the outer centres the edge goes on.
+    upper, lower = (0 + 0.25 + 0.75 + 1.25) / 4, (1.75 + 2.25 + 2.75 + 3) / 4
+    there, beyond = (1 + 1 + 1 + 0.75) / 4, 0.25 / 4
+    for token, mean, present in ((0, upper, there), (1, upper, beyond), (2, lower, there), (3, lower, beyond)):
+        torch.testing.assert_close(found[token], torch.full((DIM,), present * mean + (1 - present) * 9))
+
+
+def test_fixed_paints_the_posterior_of_a_gaussian(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sampler is deterministic: every pixel ends at mean + spread x its noise."""
+    system = Fixed(TINY).eval()
+    mean, spread = 0.2, 0.4
+
+    def velocity(x: Tensor, time: Tensor, *given: Any) -> Tensor:
+        kept = system.schedule.alphas_cumprod[time]
+        alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
+        image = (spread**2 * alpha * x + sigma**2 * mean) / (spread**2 * alpha**2 + sigma**2)
+        return (alpha * x - image) / sigma
+
+    monkeypatch.setattr(system, "velocity", velocity)
+    found = system.paint(THREE, Grid(0.5, 0, 0, 32, 32), LADDER, seed=3, steps=30, guidance=1)
+    noise = NoiseField(3).read(Grid(0.5, 0, 0, 32, 32))
+    torch.testing.assert_close(found, mean + spread * noise, rtol=0, atol=0.06)
+    assert found.std().item() == pytest.approx(spread * noise.std().item(), rel=0.03)
+
+
+def test_fixed_guides_as_the_brush_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    system, asked = Fixed(TINY).eval(), list[float]()
+
+    def velocity(x: Tensor, time: Tensor, mpp: float, tokens: Tensor) -> Tensor:
+        asked.append(tokens.sum().item())
+        return torch.full_like(x, asked[-1])
+
+    monkeypatch.setattr(system, "velocity", velocity)
+    monkeypatch.setattr(system, "tokens_of", lambda condition, side, known: known[:, None, None])
+    canvas = Grid(0.5, 0, 0, 32, 32)
+    once = system.paint(THREE, canvas, LADDER, seed=0, steps=2, guidance=1)
+    assert set(asked) == {1}
+    none = system.paint(THREE, canvas, LADDER, seed=0, steps=2, guidance=0)
+    thrice = system.paint(THREE, canvas, LADDER, seed=0, steps=2, guidance=3)
+    torch.testing.assert_close(thrice, 3 * once - 2 * none, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (96, 300), (300, 31), (4096, 4090)])
+def test_an_image_is_enlarged_as_a_whole_and_cut(shape: tuple[int, int]) -> None:
+    image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))[:1]
+    found = enlarged(image, Grid(0.5, 0, 0, *shape))
+    assert found.shape == (1, *shape)
+    whole = torch.nn.functional.interpolate(image[None], (max(shape),) * 2, mode="bicubic")[0]
+    torch.testing.assert_close(found, whole[:, : shape[0], : shape[1]], rtol=0, atol=2e-3)
+
+
+def test_a_canvas_smaller_than_the_image_is_the_image_made_smaller() -> None:
+    found = enlarged(torch.full((3, 32, 32), 0.5), Grid(0.5, 0, 0, 10, 20))
+    torch.testing.assert_close(found, torch.full((3, 10, 20), 0.5))
+
+
+def test_fixed_paints_any_canvas_and_states_its_memory() -> None:
+    torch.manual_seed(0)
+    system = Fixed(TINY).eval()
+    canvas, heard = Grid(0.5, 8, 8, 40, 100), list[tuple[str, int, int]]()
+    found = system.paint(THREE, canvas, LADDER, seed=0, steps=3, guidance=2, tell=lambda *told: heard.append(told))
+    assert found.shape == (3, 40, 100)
+    assert torch.isfinite(found).all()
+    assert heard[-1][1] == heard[-1][2]
+    assert system.bytes_for(Grid(0.5, 0, 0, 4096, 4096)) - system.bytes_for(Grid(0.5, 0, 0, 0, 0)) == 12 * 4096**2
+    assert FixedConfig(**system.config.to_json()) == system.config  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="size 30"):
+        FixedConfig(dim=DIM, size=30)
+
+
+def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(MachineError) as found:
+        Fixed(TINY)
+    one_line(found, "diffusers", "[baselines]")

@@ -104,9 +104,9 @@ class Patches(System):
             self.finer.append(nn.Conv2d(width, before, 3, padding=1) if level else nn.Identity())
         self.middle = nn.ModuleList([_Residual(widths[-1], widths[-1]), _Residual(widths[-1], widths[-1])])
         self.attention = _Attention(widths[-1], config.heads)
-        self.leave = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1))
-        nn.init.zeros_(self.leave[2].weight)
-        nn.init.zeros_(self.leave[2].bias)
+        self.leave = nn.Sequential(
+            nn.GroupNorm(8, widths[0]), nn.SiLU(), _silent(nn.Conv2d(widths[0], 3, 3, padding=1))
+        )
 
     # -- one patch -----------------------------------------------------------------------------------------
 
@@ -145,7 +145,8 @@ class Patches(System):
 
         def said(known: float) -> Tensor:
             told = self.tell_of(embedding, present, torch.full((len(x),), known))
-            return skip * x + out * self(x * into, level, mpp, told)
+            found: Tensor = skip * x + out * self(x * into, level, mpp, told)
+            return found
 
         return said(1.0) if guidance == 1 else torch.lerp(said(0.0), said(1.0), guidance)
 
@@ -299,17 +300,23 @@ def slerp(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
     return first * start[:, None] + second * end[:, None]
 
 
+def _silent(layer: nn.Conv2d) -> nn.Conv2d:
+    """A layer that says nothing before it is trained."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 class _Residual(nn.Module):
     """Two convolutions with the signal between them: Dhariwal and Nichol (2021), (n, c, h, w)."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList([nn.GroupNorm(8, channels), nn.GroupNorm(8, width)])
-        self.first, self.second = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.second = _silent(nn.Conv2d(width, width, 3, padding=1))
         self.hear = nn.Linear(_SIGNAL, 2 * width)
         self.past = nn.Conv2d(channels, width, 1) if channels != width else nn.Identity()
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
 
     def forward(self, u: Tensor, signal: Tensor) -> Tensor:
         scale, shift = self.hear(signal)[:, :, None, None].chunk(2, 1)
@@ -324,9 +331,7 @@ class _Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads, self.norm = heads, nn.GroupNorm(8, width)
-        self.ask, self.answer = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
-        nn.init.zeros_(self.answer.weight)
-        nn.init.zeros_(self.answer.bias)
+        self.ask, self.answer = nn.Conv2d(width, 3 * width, 1), _silent(nn.Conv2d(width, width, 1))
 
     def forward(self, u: Tensor) -> Tensor:
         n, c, h, w = u.shape
