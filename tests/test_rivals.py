@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +15,21 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wsi_brush.baselines import System
+from wsi_brush.baselines import sdxl as sdxl_module
 from wsi_brush.baselines.fixed import Fixed, FixedConfig, enlarged
 from wsi_brush.baselines.patches import Patches, PatchesConfig, _Residual, embedding_at, own, slerp
+from wsi_brush.baselines.sdxl import Sdxl, SdxlConfig
 from wsi_brush.condition import ConditionMap
 from wsi_brush.coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
 from wsi_brush.diffusion import Ladder, moves, solve
-from wsi_brush.errors import MachineError, UsageError, WsiBrushError
+from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushError
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
+from wsi_brush.machine import free_memory
 from wsi_brush.recipe import Optimisation
 from wsi_brush.slide import open_slide
 
@@ -411,3 +418,213 @@ def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(MachineError) as found:
         Fixed(TINY)
     one_line(found, "diffusers", "[baselines]")
+
+
+# -- a checkpoint of the user's ----------------------------------------------------------------------------
+
+
+def save_pipeline(folder: Path, *, variant: str | None = None) -> Any:
+    """An SDXL of a few thousand numbers, in the layout of the real one; its words are spelt letter by letter."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    spelling = folder.with_name(f"{folder.name}-words")
+    spelling.mkdir(parents=True)
+    (spelling / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}), "utf-8")
+    (spelling / "merges.txt").write_text("#version: 0.2\n", "utf-8")
+    tokenizer = CLIPTokenizer(
+        vocab=str(spelling / "vocab.json"), merges=str(spelling / "merges.txt"), model_max_length=16
+    )
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, projection_dim=16, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=(2, 2), norm_num_groups=4, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8, 8, 8), latent_channels=4, norm_num_groups=2, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet, scheduler=EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    if variant == "fp16":
+        pipeline.to(torch.float16)
+    pipeline.save_pretrained(folder, safe_serialization=True, variant=variant)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("sdxl") / "checkpoint"
+    return folder, save_pipeline(folder)
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network."""
+
+    def connect(*given: Any) -> None:
+        raise AssertionError(f"asks the network: {given}")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+
+
+def sdxl_of(folder: Path, **changed: Any) -> Sdxl:
+    return Sdxl(SdxlConfig(**{"dim": DIM, "folder": str(folder), "prompt": "tumour", "size": 64} | changed))
+
+
+def painted(system: Sdxl, shape: tuple[int, int], *, seed: int = 0, guidance: float = 5.0) -> Tensor:
+    return system.paint([], Grid(0.5, 40, 8, *shape), LADDER, seed=seed, steps=2, guidance=guidance)
+
+
+@pytest.mark.usefixtures("cut_off")
+def test_a_checkpoint_is_loaded_and_painted_with(checkpoint: tuple[Path, Any]) -> None:
+    folder, pipeline = checkpoint
+    heard = list[tuple[str, int, int]]()
+    system = sdxl_of(folder)
+    found = system.paint(
+        [], Grid(0.5, 40, 8, 64, 64), LADDER, seed=0, steps=2, guidance=5, tell=lambda *told: heard.append(told)
+    )
+    noise = NoiseField(0, channels=4).read(Grid(1.0, 0, 0, 8, 8))[None]
+    said = pipeline(
+        "tumour", height=64, width=64, num_inference_steps=2, guidance_scale=5.0, latents=noise, output_type="pt"
+    )
+    torch.testing.assert_close(found, said.images[0] * 2 - 1)
+    assert [done for _, done, _ in heard] == [64 * 64, 2 * 64 * 64]
+    assert not torch.allclose(found, painted(system, (64, 64), seed=1), atol=1e-3)
+    assert not torch.allclose(found, painted(sdxl_of(folder, prompt="fat"), (64, 64)), atol=1e-5)
+    assert not torch.allclose(found, painted(system, (64, 64), guidance=1), atol=1e-5)
+
+
+@pytest.mark.usefixtures("cut_off")
+def test_beyond_its_size_an_image_is_enlarged_or_stands_beside_others(checkpoint: tuple[Path, Any]) -> None:
+    folder, _ = checkpoint
+    small, large = painted(sdxl_of(folder), (48, 64)), painted(sdxl_of(folder), (150, 200))
+    assert large.shape == (3, 150, 200)
+    expected = torch.nn.functional.interpolate(small[None], (150, 200), mode="bicubic")[0]
+    torch.testing.assert_close(large, expected, rtol=0, atol=1e-3)
+    tiles = painted(sdxl_of(folder, beyond="tiles"), (64, 100))
+    assert tiles.shape == (3, 64, 100)
+    torch.testing.assert_close(tiles[:, :, :64], painted(sdxl_of(folder), (64, 64)))
+    assert not torch.allclose(tiles[:, :, 64:], tiles[:, :, :36], atol=1e-3)
+
+
+@pytest.mark.usefixtures("cut_off")
+def test_what_a_checkpoint_needs_is_said_before_it_is_loaded(
+    checkpoint: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, pipeline = checkpoint
+    networks = [getattr(pipeline, name) for name in sdxl_module.NETWORKS]
+    count = sum(weight.numel() for network in networks for weight in network.state_dict().values())
+    needs, half = sdxl_of(folder).needs(), sdxl_of(folder, dtype="bfloat16").needs()
+    assert needs.parameters == half.parameters == count
+    assert (needs.weights, half.weights) == (4 * count, 2 * count)
+    assert needs.file == max(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    assert sdxl_of(folder, size=128).needs().features == 4 * needs.features
+    assert sdxl_of(folder).bytes_for(Grid(0.5, 0, 0, 100, 100)) == 120_000 + needs.total
+    monkeypatch.setattr(sdxl_module, "free_memory", lambda: needs.total - 1)
+    monkeypatch.setattr(type(pipeline), "from_pretrained", lambda *given, **named: pytest.fail("it was loaded"))
+    with pytest.raises(MachineError) as found:
+        painted(sdxl_of(folder), (64, 64))
+    one_line(found, str(folder), "weights", "float32", "GB free", "float16")
+
+
+@pytest.mark.usefixtures("cut_off")
+def test_a_variant_is_found_by_its_files(tmp_path: Path) -> None:
+    save_pipeline(tmp_path / "half", variant="fp16")
+    assert not list((tmp_path / "half").rglob("*model.safetensors"))
+    system = sdxl_of(tmp_path / "half", dtype="bfloat16")
+    assert torch.isfinite(painted(system, (64, 64))).all()
+    needs = sdxl_of(tmp_path / "half", dtype="float16").needs()
+    vae = sum(sdxl_module._parameters(path) for path in (tmp_path / "half" / "vae").glob("*.safetensors"))
+    assert needs.weights == 2 * needs.parameters + 2 * vae  # decoded in float32, where float16 overflows
+
+
+def broken(folder: Path, how: str) -> None:
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if how == "nothing":
+        shutil.rmtree(folder)
+    elif how == "another pipeline":
+        index["_class_name"] = "FluxPipeline"
+    elif how == "code":
+        index["unet"] = ["my_unet", "Unet"]
+    elif how == "pickles":
+        weights.rename(weights.with_suffix(".bin"))
+    elif how == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "a weight less":
+        tensors = load_file(weights)
+        tensors.pop("conv_out.bias")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "no tokenizer":
+        (folder / "tokenizer" / "tokenizer.json").unlink()
+    else:
+        shutil.rmtree(folder / "scheduler")
+    if folder.exists():
+        (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+
+
+@pytest.mark.usefixtures("cut_off")
+@pytest.mark.parametrize(
+    ("how", "error", "words"),
+    [
+        ("nothing", UsageError, ("model_index.json",)),
+        ("another pipeline", UsageError, ("FluxPipeline", "StableDiffusionXLPipeline")),
+        ("code", RefusedError, ("my_unet",)),
+        ("pickles", UsageError, ("unet", "pickles")),
+        ("cut", RefusedError, ("unet", "damaged")),
+        ("no tokenizer", UsageError, ("tokenizer", "vocabulary")),
+        ("no scheduler", RefusedError, ("cannot be loaded",)),
+        ("a weight less", RefusedError, ("not in its files",)),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_refused(
+    checkpoint: tuple[Path, Any], tmp_path: Path, how: str, error: type[WsiBrushError], words: tuple[str, ...]
+) -> None:
+    shutil.copytree(checkpoint[0], tmp_path / "copy")
+    broken(tmp_path / "copy", how)
+    with pytest.raises(error) as found:
+        painted(sdxl_of(tmp_path / "copy"), (64, 64))
+    one_line(found, str(tmp_path / "copy"), *words)
+
+
+def test_a_checkpoint_is_not_trained_and_its_configuration_is_checked(
+    checkpoint: tuple[Path, Any], pack: TrainingPack
+) -> None:
+    system = sdxl_of(checkpoint[0])
+    with pytest.raises(UsageError) as found:
+        system.losses(LADDER, scenes_of(pack), pack.about, Optimisation(), torch.Generator())
+    one_line(found, "not trained", "fixed")
+    assert SdxlConfig(**system.config.to_json()) == system.config  # type: ignore[arg-type]
+    for wrong in ({"size": 100}, {"beyond": "stretched"}, {"dtype": "int8"}):
+        with pytest.raises(UsageError, match="expected"):
+            sdxl_of(checkpoint[0], **wrong)
+
+
+def test_without_transformers_the_extra_is_named(checkpoint: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MachineError) as found:
+        painted(sdxl_of(checkpoint[0]), (64, 64))
+    one_line(found, "transformers", "[sdxl]")
+
+
+def test_free_memory_is_what_programs_get() -> None:
+    free = free_memory()
+    if not sys.platform.startswith("linux"):
+        pytest.skip("only Linux says")
+    assert free is not None
+    assert 2**26 < free < 2**46
