@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from wsi_brush.baselines import System
 from wsi_brush.baselines import sdxl as sdxl_module
 from wsi_brush.baselines.fixed import Fixed, FixedConfig, enlarged
-from wsi_brush.baselines.patches import Patches, PatchesConfig, _Residual, embedding_at, own, slerp
+from wsi_brush.baselines.patches import Patches, PatchesConfig, embedding_at, own, slerp
 from wsi_brush.baselines.sdxl import Sdxl, SdxlConfig
 from wsi_brush.condition import ConditionMap
 from wsi_brush.coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
@@ -129,8 +129,9 @@ def test_a_scene_smaller_than_a_patch_is_refused(pack: TrainingPack) -> None:
     with pytest.raises(UsageError) as found:
         system.losses(LADDER, scenes_of(pack, mpp=8.0), pack.about, Optimisation(), torch.Generator())
     one_line(found, "32 pixels at 8 µm", "sizes", "64")
-    with pytest.raises(UsageError, match="side 30"):
-        PatchesConfig(dim=DIM, side=30)
+    for wrong in ({"side": 30}, {"apart": 0}, {"width": 12}, {"apart": 5}):
+        with pytest.raises(UsageError, match="expected"):
+            PatchesConfig(dim=DIM, **wrong)
 
 
 def test_slerp_keeps_length_and_turns_evenly() -> None:
@@ -299,7 +300,6 @@ def test_patches_state_their_memory() -> None:
     small, large = (system.bytes_for(Grid(0.5, 0, 0, side, side)) for side in (1024, 2048))
     assert 12 * 2048**2 < large < 3.9 * small
     assert PatchesConfig(**system.config.to_json()) == system.config  # type: ignore[arg-type]
-    assert sum(isinstance(module, _Residual) for module in system.modules()) == 6
 
 
 # -- fixed -------------------------------------------------------------------------------------------------

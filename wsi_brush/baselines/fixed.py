@@ -46,7 +46,7 @@ class FixedConfig:
     dim: int
     sets: int = 3
     size: int = 256
-    width: int = 64
+    width: int = 32
     levels: int = 4
     blocks: int = 2
     heads: int = 8
@@ -181,8 +181,8 @@ class Fixed(System):
         return enlarged(x[0], canvas)
 
     def bytes_for(self, canvas: Grid) -> int:
-        """The canvas, and the features of the small image: kept for the way up, joined, and in a block."""
-        features = 4 * self.config.size**2 * self.config.width * 2 * (self.config.blocks + 6)
+        """The canvas, and the features of the small image: kept for the way up, joined, and in a block, as measured."""
+        features = 4 * self.config.size**2 * self.config.width * 4 * (self.config.blocks + 6)
         return 12 * canvas.height * canvas.width + features
 
 

@@ -42,21 +42,25 @@ _WAVES = 32
 class PatchesConfig:
     """Sizes; `dim` is the encoder's.
 
-    side: of a patch, pixels, a multiple of 4 that halves `levels` - 1 times; width: channels at the patch's pitch,
-    doubled at every level; blocks: residual blocks a level, each way; heads: of the attention at the coarsest level.
+    side: of a patch, pixels; width: channels at the patch's pitch, doubled at every level; blocks: residual blocks a
+    level, each way; heads: of the attention at the coarsest level; apart: windows are side / apart pixels apart (theirs
+    are a quarter, so a pixel is asked for 16 times a step; 2 makes that 4 times, and is not theirs).
     """
 
     dim: int
     side: int = 64
-    width: int = 64
+    width: int = 32
     levels: int = 3
     blocks: int = 2
     heads: int = 4
+    apart: int = 4
 
     def __post_init__(self) -> None:
-        if self.side % 4 or self.side % 2 ** (self.levels - 1) or self.side < 8:
+        whole = math.lcm(self.apart, 2 ** (self.levels - 1)) if self.apart > 0 else 0
+        if not whole or self.side < 8 or self.side % whole:
             raise UsageError(
-                f"patches: side {self.side}; expected a multiple of {max(4, 2 ** (self.levels - 1))} pixels, from 8 on"
+                f"patches: side {self.side}, apart {self.apart}, levels {self.levels}; expected a side from 8 on that "
+                f"apart divides and that halves {self.levels - 1} times"
             )
         if self.width % 8 or (self.width << (self.levels - 1)) % self.heads:
             raise UsageError(
@@ -71,7 +75,7 @@ class PatchesConfig:
     @property
     def stride(self) -> int:
         """Pixels from one window to the next."""
-        return self.side // 4
+        return self.side // self.apart
 
 
 class Patches(System):
@@ -113,7 +117,7 @@ class Patches(System):
     def forward(self, x: Tensor, sigma: Tensor, mpp: float, told: Tensor) -> Tensor:
         """F of patches (n, 3, side, side), already scaled by c_in; sigma (n,); told (n, channels) from `tell_of`."""
         signal = functional.silu(self.signal(_waves(sigma, mpp)) + told)
-        u, kept = self.enter(x), list[Tensor]()
+        u, kept = self.enter(x.contiguous(memory_format=torch.channels_last)), list[Tensor]()
         for blocks, halve in zip(self.down, self.coarser, strict=True):
             for block in blocks:  # type: ignore[attr-defined]
                 u = block(u, signal)
@@ -243,9 +247,9 @@ class Patches(System):
         """The state, its noise and sums in bands of a window's height, and the features of a batch of windows."""
         area, side, width = self._area(canvas), self.config.side, self.config.width
         state, bands = 12 * area.height * area.width, 160 * side * area.width
-        # At the patch's pitch: what is kept for the way up, its double where it comes in, and a block's own features;
-        # every further level has a quarter of the points and twice the channels.
-        features = 4 * BATCH * side**2 * width * 2 * (self.config.blocks + 6)
+        # At the patch's pitch what is kept for the way up, its double where it comes in, and a block's own; every
+        # further level has half as much. The figures were measured.
+        features = 4 * BATCH * side**2 * width * 2 * (self.config.blocks + 8)
         return state + bands + features
 
 

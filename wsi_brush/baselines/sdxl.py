@@ -120,9 +120,9 @@ class Sdxl(System):
         vae, unet = (json.loads((folder / name / "config.json").read_text("utf-8")) for name in ("vae", "unet"))
         wide = 4 if config.dtype == "float16" and vae.get("force_upcast", True) else size
         pixels, channels = config.size**2, [*vae["block_out_channels"], vae["block_out_channels"][-1]]
-        # Of the decoder's last level: twice the channels that it comes with, and its own; of the U-Net, asked with
-        # and without the prompt, what it keeps at its first level and the inner layer of an attention block.
-        decoded = wide * pixels * (3 * channels[1] + 2 * channels[0])
+        # Of the decoder's last level, measured: four times the channels that come in, three times its own; of the
+        # U-Net, asked with and without the prompt, what it keeps at its first level and in a block.
+        decoded = wide * pixels * (4 * channels[1] + 3 * channels[0])
         noised = 2 * size * pixels // 64 * 16 * unet["block_out_channels"][0]
         weights = size * sum(count.values()) + (wide - size) * count["vae"]
         largest = max(path.stat().st_size for files in networks.values() for path in files)
