@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 
@@ -43,6 +44,23 @@ def peak_memory() -> int:
     """Bytes that this process has held at most."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+def free_memory() -> int | None:
+    """Bytes that programs may still take here, within the limit of a container; None where the system does not say."""
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, StopIteration):
+        limit, used, facts = (
+            Path("/sys/fs/cgroup", name).read_text("ascii") for name in ("memory.max", "memory.current", "memory.stat")
+        )
+        if limit.strip() != "max":  # files that were read count as used, and go when memory is asked for
+            cached = next(int(line.split()[1]) for line in facts.splitlines() if line.startswith("inactive_file "))
+            found.append(max(int(limit) - int(used) + cached, 0))
+    return min(found, default=None)
 
 
 @contextmanager
