@@ -80,12 +80,12 @@ def print_figures(figures: dict[str, Any]) -> None:
         say(note)
     for name, scales in figures["scales"].items():
         for mpp, scale in scales.items():
-            parts = [scale["missing"]] if "missing" in scale else []
+            parts = [scale["missing"]] if "missing" in scale else [f"{scale['n']} tiles a half"]
             for figure in ("frechet", "kernel", "precision", "recall", "coverage"):
                 one = scale.get(figure, {"missing": ""})
                 if "missing" not in one:
                     parts.append(f"{figure} {one['value']:.3g} (floor {one['floor']:.3g})")
-            typer.echo(f"{name}, {mpp} µm, {scale['n']} tiles: {', '.join(parts)}")
+            typer.echo(f"{name}, {mpp} µm: {', '.join(parts)}")
     for name, one in (figures["published"] or {}).items():
         if name in ("clip", "crop"):
             typer.echo(_published(name, one))
