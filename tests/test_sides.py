@@ -121,6 +121,10 @@ class TestSides:
         assert [(pair.real, pair.synthetic) for pair in sides.pairs] == [(0, 0)]
         assert [one.area for one in sides.real] == [places[0], slide.grid]
         assert sides.notes == ["stranger.ome.zarr: painted after none of the real slides, so no pair"]
+        copied(slide, tmp_path / "plain.tif")
+        sides = open_sides([other], [*paintings[:1], tmp_path / "plain.tif"])
+        assert len(sides.pairs) == 1
+        assert sides.notes == ["1 real and 2 synthetic: not paired (plain.tif), so nothing is said about control"]
         # older ones, and other images, are taken in their order
         old = painted(slide, tmp_path / "old.ome.zarr", places[1])
         sides = open_sides([slide.path, other], [old, paintings[0]])

@@ -142,8 +142,12 @@ def _matched(
             notes.append(f"{slide.path.name}: painted after none of the real slides, so no pair")
         elif mine is not None and place is None:
             notes.append(f"{slide.path.name}: {_unlike(real[mine], made)}, so no pair")
-    if len(real) != len(synthetic) and not any(found):
-        notes.append(f"{len(real)} real and {len(synthetic)} synthetic: not paired, so nothing is said about control")
+    loose = [slide.path.name for slide, name in zip(synthetic, named, strict=True) if not name]
+    if len(real) != len(synthetic) and loose:
+        which = "" if len(loose) == len(synthetic) else f" ({', '.join(loose)})"
+        notes.append(
+            f"{len(real)} real and {len(synthetic)} synthetic: not paired{which}, so nothing is said about control"
+        )
     return found
 
 
