@@ -23,7 +23,7 @@ from ..condition import ConditionMap
 from ..operators import SelfAttention
 from .infty_diff import InftyDiffConfig
 from .mollified import Mollified, Weighting
-from .points import AXIS, Domain, Feed, GridLevel, Local, PointBlock, PointLevel, Signal
+from .points import AXIS, SIGNAL, Domain, GridLevel, PointBlock, PointLevel, Signal
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class BrushBlock(PointBlock):
     """Sparse operator, cross-attention (if `cross`), self-attention, two matrices."""
 
     def __init__(self, channels: int, side: int, *, heads: int, cross: bool) -> None:
-        nn.Module.__init__(self)
-        self.local, self.feed = Local(channels, side), Feed(channels)
+        super().__init__(channels, side)
         self.cross = CrossOperator(channels, heads=heads) if cross else None
         self.attention = SelfAttention(channels, heads=heads)
 
@@ -115,7 +114,7 @@ class InftyBrush(Mollified):
         self.absent = nn.Parameter(torch.randn(grid.width) * 0.02)  # no tissue
         self.unknown = nn.Parameter(torch.randn(grid.width) * 0.02)  # no condition: classifier-free guidance
         if self.cross:
-            self.tokens = nn.ModuleList(nn.Linear(side, config.width) for side in (128, grid.width))
+            self.tokens = nn.ModuleList(nn.Linear(side, config.width) for side in (SIGNAL, grid.width))
 
     def noise(
         self, values: Tensor, domain: Domain, sigma: Tensor, condition: list[ConditionMap], known: Tensor
