@@ -130,7 +130,7 @@ def test_a_scene_smaller_than_a_patch_is_refused(pack: TrainingPack) -> None:
         system.losses(LADDER, scenes_of(pack, mpp=8.0), pack.about, Optimisation(), torch.Generator())
     one_line(found, "32 pixels at 8 µm", "sizes", "64")
     for wrong in ({"side": 30}, {"apart": 0}, {"width": 12}, {"apart": 5}):
-        with pytest.raises(UsageError, match="expected"):
+        with pytest.raises(ValueError, match="expected"):
             PatchesConfig(dim=DIM, **wrong)
 
 
@@ -409,7 +409,7 @@ def test_fixed_paints_any_canvas_and_states_its_memory() -> None:
     assert heard[-1][1] == heard[-1][2]
     assert system.bytes_for(Grid(0.5, 0, 0, 4096, 4096)) - system.bytes_for(Grid(0.5, 0, 0, 0, 0)) == 12 * 4096**2
     assert FixedConfig(**system.config.to_json()) == system.config  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="size 30"):
+    with pytest.raises(ValueError, match="size 30"):
         FixedConfig(dim=DIM, size=30)
 
 
@@ -610,8 +610,11 @@ def test_a_checkpoint_is_not_trained_and_its_configuration_is_checked(
         system.losses(LADDER, scenes_of(pack), pack.about, Optimisation(), torch.Generator())
     one_line(found, "not trained", "fixed")
     assert SdxlConfig(**system.config.to_json()) == system.config  # type: ignore[arg-type]
+    digests = [sdxl_of(checkpoint[0], prompt=prompt).state_dict()["asked"] for prompt in ("tumour", "tumour", "fat")]
+    assert torch.equal(digests[0], digests[1])
+    assert not torch.equal(digests[0], digests[2])
     for wrong in ({"size": 100}, {"beyond": "stretched"}, {"dtype": "int8"}):
-        with pytest.raises(UsageError, match="expected"):
+        with pytest.raises(ValueError, match="expected"):
             sdxl_of(checkpoint[0], **wrong)
 
 

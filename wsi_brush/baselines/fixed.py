@@ -20,7 +20,7 @@ from torch.nn import functional
 from ..condition import ConditionMap
 from ..coordinates import Scenes
 from ..diffusion import Ladder
-from ..errors import MachineError, UsageError
+from ..errors import MachineError
 from ..field import NoiseField
 from ..grid import Grid
 from ..objective import Drawing
@@ -53,13 +53,16 @@ class FixedConfig:
     tokens: int = 8
 
     def __post_init__(self) -> None:
+        """Raises:
+        ValueError: if a size is not what it has to be.
+        """
         if self.levels < 2 or self.size < 8 or self.size % 2 ** (self.levels - 1):
-            raise UsageError(
-                f"fixed: size {self.size}, levels {self.levels}; expected 2 levels or more, and a size from 8 on that "
+            raise ValueError(
+                f"size {self.size}, levels {self.levels}; expected 2 levels or more, and a size from 8 on that "
                 f"halves {max(self.levels - 1, 1)} times"
             )
         if self.width % 8 or self.width % self.heads:
-            raise UsageError(f"fixed: width {self.width}, heads {self.heads}; expected a width that 8 and heads divide")
+            raise ValueError(f"width {self.width}, heads {self.heads}; expected a width that 8 and heads divide")
 
     def to_json(self) -> dict[str, object]:
         """Plain values, for the brush's JSON."""
@@ -70,6 +73,7 @@ class Fixed(System):
     """v(x, t, size of a pixel, tokens) of whole images, and painting by one of them, enlarged."""
 
     name = "fixed"
+    sizes = FixedConfig
     config: FixedConfig
 
     def __init__(self, config: FixedConfig) -> None:

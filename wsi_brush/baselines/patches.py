@@ -56,15 +56,18 @@ class PatchesConfig:
     apart: int = 4
 
     def __post_init__(self) -> None:
+        """Raises:
+        ValueError: if a size is not what it has to be.
+        """
         whole = math.lcm(self.apart, 2 ** (self.levels - 1)) if self.apart > 0 else 0
         if not whole or self.side < 8 or self.side % whole:
-            raise UsageError(
-                f"patches: side {self.side}, apart {self.apart}, levels {self.levels}; expected a side from 8 on that "
+            raise ValueError(
+                f"side {self.side}, apart {self.apart}, levels {self.levels}; expected a side from 8 on that "
                 f"apart divides and that halves {self.levels - 1} times"
             )
         if self.width % 8 or (self.width << (self.levels - 1)) % self.heads:
-            raise UsageError(
-                f"patches: width {self.width}, heads {self.heads}; expected a width that 8 divides, and heads that "
+            raise ValueError(
+                f"width {self.width}, heads {self.heads}; expected a width that 8 divides, and heads that "
                 "divide the coarsest level's"
             )
 
@@ -82,6 +85,7 @@ class Patches(System):
     """F(c_in x, σ, pitch, embedding) of a patch, and painting by averaged windows of it."""
 
     name = "patches"
+    sizes = PatchesConfig
     config: PatchesConfig
 
     def __init__(self, config: PatchesConfig) -> None:

@@ -9,6 +9,7 @@ What it needs is known from the headers of its safetensors files before they are
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -55,11 +56,14 @@ class SdxlConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        """Raises:
+        ValueError: if a size is not what it has to be.
+        """
         if self.size < 64 or self.size % _CELL:
-            raise UsageError(f"sdxl: size {self.size}; expected a multiple of {_CELL} pixels, from 64 on")
+            raise ValueError(f"size {self.size}; expected a multiple of {_CELL} pixels, from 64 on")
         if self.beyond not in ("enlarged", "tiles") or self.dtype not in _TYPES:
-            raise UsageError(
-                f"sdxl: beyond {self.beyond!r}, dtype {self.dtype!r}; expected enlarged or tiles, and one of "
+            raise ValueError(
+                f"beyond {self.beyond!r}, dtype {self.dtype!r}; expected enlarged or tiles, and one of "
                 f"{', '.join(_TYPES)}"
             )
 
@@ -90,14 +94,18 @@ class Needs:
 
 
 class Sdxl(System):
-    """Has no weights of its own: they are in the user's folder, and held while it paints."""
+    """Its weights are in the user's folder, and held while it paints; of its own it has the digest of `config`, by
+    which a brush with another prompt is another brush."""
 
     name = "sdxl"
+    sizes = SdxlConfig
     config: SdxlConfig
 
     def __init__(self, config: SdxlConfig) -> None:
         super().__init__()
         self.config = config
+        asked = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).digest()
+        self.register_buffer("asked", torch.tensor(list(asked), dtype=torch.uint8))
 
     def losses(
         self, ladder: Ladder, scenes: Scenes, about: dict[str, Any], drawing: Drawing, generator: torch.Generator
