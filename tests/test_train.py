@@ -27,7 +27,7 @@ from wsi_brush.objective import _gathered, _maps, _scatter, draw_sigma, losses, 
 from wsi_brush.recipe import Optimisation, SlideSource, TrainConfig, read_config
 from wsi_brush.slide import open_slide
 from wsi_brush.splat import nodes, splat
-from wsi_brush.train import _Run, train_brush
+from wsi_brush.train import Training, train_brush
 
 
 class Colours:
@@ -84,7 +84,7 @@ def one_line(found: pytest.ExceptionInfo[WsiBrushError], *words: str) -> None:
 
 
 def test_the_loss_falls(pack: TrainingPack, tmp_path: Path) -> None:
-    run = _Run(config_of(optimisation__steps=30, optimisation__rate=4e-3), pack, tmp_path)
+    run = Training(config_of(optimisation__steps=30, optimisation__rate=4e-3), pack, tmp_path)
     drawing = Optimisation(unconditional=0.0)
 
     def judged(denoiser: Denoiser) -> float:
@@ -106,7 +106,7 @@ def test_the_loss_falls(pack: TrainingPack, tmp_path: Path) -> None:
 
 
 def test_the_rate_rises_and_falls_to_zero(pack: TrainingPack, tmp_path: Path) -> None:
-    run = _Run(config_of(optimisation__steps=10), pack, tmp_path)
+    run = Training(config_of(optimisation__steps=10), pack, tmp_path)
     rates = []
     while not run.over:
         run.step()
@@ -147,7 +147,7 @@ def checkpoints(work: Path) -> dict[int, Path]:
 def whole(pack: TrainingPack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Weights, average and optimiser after 13 steps that nothing interrupted."""
     torch.set_num_threads(1)
-    run = _Run(config_of(), pack, tmp_path_factory.mktemp("whole"))
+    run = Training(config_of(), pack, tmp_path_factory.mktemp("whole"))
     while not run.over:
         run.step()
     run.checkpoint()
@@ -226,11 +226,11 @@ def test_no_checkpoint_that_is_whole_is_no_new_beginning(work: Path, tmp_path: P
 
 def test_shards_are_batches_of_their_own_side_by_side(pack: TrainingPack, tmp_path: Path) -> None:
     """Two shards of a step are the batches that two steps of one shard would draw; their gradients are averaged."""
-    double = _Run(config_of(optimisation__shards=2, optimisation__clip=1e9), pack, tmp_path)
+    double = Training(config_of(optimisation__shards=2, optimisation__clip=1e9), pack, tmp_path)
     (first, one), (second, two) = (double._shard(shard) for shard in range(2))
     value = double.step()
     assert value == pytest.approx((first + second) / 2, rel=1e-5)
-    single = _Run(config_of(), pack, tmp_path)
+    single = Training(config_of(), pack, tmp_path)
     assert single._shard(0)[0] == first
     single.number = 1
     assert single._shard(0)[0] == second
@@ -240,7 +240,7 @@ def test_shards_are_batches_of_their_own_side_by_side(pack: TrainingPack, tmp_pa
         if weight.grad is not None:
             torch.testing.assert_close(weight.grad, torch.stack(there).sum(0) / 2)
     assert double.number == 1
-    again = _Run(config_of(optimisation__shards=2, optimisation__clip=1e9), pack, tmp_path)
+    again = Training(config_of(optimisation__shards=2, optimisation__clip=1e9), pack, tmp_path)
     again.step()
     states = double.denoiser.state_dict(), again.denoiser.state_dict()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -261,7 +261,7 @@ def test_a_run_that_is_over_only_writes_its_brush(work: Path, whole: dict[str, T
 def test_another_configuration_is_refused(
     pack: TrainingPack, work: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    _Run(config_of(), pack, work).checkpoint()
+    Training(config_of(), pack, work).checkpoint()
     before = {path.name: path.read_bytes() for path in work.iterdir() if path.name != "lock"}
     with pytest.raises(RefusedError) as found:
         train_brush(config_of(**change), tmp_path / "brush", work=work, tell=lambda line: None)
@@ -270,11 +270,11 @@ def test_another_configuration_is_refused(
 
 
 def test_a_longer_budget_is_the_same_run(pack: TrainingPack, tmp_path: Path) -> None:
-    run = _Run(config_of(), pack, tmp_path)
+    run = Training(config_of(), pack, tmp_path)
     run.step()
     run.checkpoint()
     changed = {"steps": 99, "minutes": 5.0, "threads": 1, "checkpoint_minutes": 9.0}
-    other = _Run(config_of(**{f"optimisation__{name}": value for name, value in changed.items()}), pack, tmp_path)
+    other = Training(config_of(**{f"optimisation__{name}": value for name, value in changed.items()}), pack, tmp_path)
     other.resume(lambda line: None)
     assert other.number == 1
     assert other.seconds == run.seconds
@@ -306,7 +306,7 @@ def test_a_gradient_that_is_no_number_stops_too(
     pack: TrainingPack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finite loss can have such a gradient; with it every weight would be lost, and then saved."""
-    run = _Run(config_of(), pack, tmp_path)
+    run = Training(config_of(), pack, tmp_path)
 
     def steep(denoiser: Denoiser, *given: Any) -> tuple[Tensor, Tensor]:
         return (0 * denoiser.token_score.bias).sum().sqrt(), torch.zeros(())
@@ -320,10 +320,10 @@ def test_a_gradient_that_is_no_number_stops_too(
 
 def test_pitches_without_room_are_not_judged(pack: TrainingPack, tmp_path: Path) -> None:
     """A quarter of 1024 pixels at 0.5 µm is 64 at 2 µm: training goes on, the figure is left out."""
-    wide = _Run(config_of(data__sizes=(64, 64, 128, 64, 32)), pack, tmp_path).held_out(1)
+    wide = Training(config_of(data__sizes=(64, 64, 128, 64, 32)), pack, tmp_path).held_out(1)
     assert "1 µm" in wide
     assert "2 µm" not in wide
-    assert "2 µm" in _Run(config_of(), pack, tmp_path).held_out(1)
+    assert "2 µm" in Training(config_of(), pack, tmp_path).held_out(1)
 
 
 # -- the pack and the configuration ------------------------------------------------------------------------
@@ -495,13 +495,13 @@ def test_conditions_are_standardised_and_absent_as_the_brush_reads_them(pack: Tr
 
 
 def test_a_brush_may_start_from_another(pack: TrainingPack, tmp_path: Path) -> None:
-    first = _Run(config_of(), pack, tmp_path)
+    first = Training(config_of(), pack, tmp_path)
     first.step()
     save_brush(first.brush(), tmp_path / "first")
-    second = _Run(config_of(optimisation__start=str(tmp_path / "first")), pack, tmp_path)
+    second = Training(config_of(optimisation__start=str(tmp_path / "first")), pack, tmp_path)
     weights = first.average.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in second.denoiser.state_dict().items())
     assert all(weight.requires_grad for weight in second.denoiser.parameters())
     with pytest.raises(UsageError) as found:
-        _Run(config_of(optimisation__start=str(tmp_path / "first"), model__width=32), pack, tmp_path)
+        Training(config_of(optimisation__start=str(tmp_path / "first"), model__width=32), pack, tmp_path)
     one_line(found, "other sizes")

@@ -60,7 +60,7 @@ def _trained(config: TrainConfig, target: Path, work: Path, slides: Path, *, ove
     if config.optimisation.threads:
         torch.set_num_threads(config.optimisation.threads)
     pack = _pack(config.data, work, slides, tell)
-    run = _Run(config, pack, work)
+    run = Training(config, pack, work)
     run.resume(tell)
     while not run.over:
         value = run.step()
@@ -114,7 +114,7 @@ def _start_from(brush: Brush, denoiser: Denoiser | System) -> None:
     denoiser.requires_grad_(True)
 
 
-class _Run:
+class Training:
     """Weights, their average, the optimiser, and the clock of a training run."""
 
     def __init__(self, config: TrainConfig, pack: TrainingPack, work: Path) -> None:

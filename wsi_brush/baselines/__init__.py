@@ -28,6 +28,9 @@ SYSTEMS = {
     "infty-diff": "infty_diff.InftyDiff",
     "infty-brush": "infty_brush.InftyBrush",
     "infty-brush-no-cross": "infty_brush.InftyBrushNoCross",
+    "patches": "patches.Patches",
+    "fixed": "fixed.Fixed",
+    "sdxl": "sdxl.Sdxl",
 }
 """Module and class of every rival, by name."""
 

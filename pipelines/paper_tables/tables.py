@@ -1,0 +1,266 @@
+"""The paper's tables, from one command: all systems trained for the same minutes, painted after the same slides.
+
+    pip install -c constraints.txt ".[baselines]"
+    export OMP_WAIT_POLICY=passive
+    python pipelines/paper_tables/tables.py pipelines/paper_tables/tables.toml --slides DATA/slides --work WORK
+
+Writes WORK/RESULTS.md: quality by size of the painting (the paper's Tables 2 and 3, and its ablation), and the cost of
+training (Table 4). A reference is a square of a slide that no system has seen. Killed, the same command goes on: what
+is trained, painted or evaluated stays. --minutes, --each and --only make it shorter; the table says so.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsi_brush import __version__
+from wsi_brush.brush import load_brush
+from wsi_brush.coordinates import TrainingPack, build_pack
+from wsi_brush.encoder import load_encoder
+from wsi_brush.errors import WsiBrushError
+from wsi_brush.evaluate import evaluate_slides
+from wsi_brush.grid import Grid
+from wsi_brush.machine import keep_memory, peak_memory
+from wsi_brush.paint import Painting
+from wsi_brush.recipe import TrainConfig
+from wsi_brush.report import write_report
+from wsi_brush.sides import open_sides
+from wsi_brush.slide import Slide, open_slide
+from wsi_brush.synthesize import synthesize_slide
+from wsi_brush.tissue import find_tissue
+from wsi_brush.train import Training, train_brush
+
+MPP = 0.5
+OURS = "ours"
+COST_SIZES, COST_STEPS, COST_MEMORY = (1024, 4096), 3, 8e9  # Table 4: pixels, steps that are timed, bytes
+
+
+def recipe(tables: dict[str, Any], system: str) -> TrainConfig:
+    """What a system is trained by: what all share, and what is its own."""
+    own = tables["systems"][system]
+    model = own.get("model", {}) | ({} if system == OURS else {"system": system})
+    optimisation = tables["optimisation"] | own.get("optimisation", {})
+    return TrainConfig.model_validate(
+        {
+            "data": tables["data"] | {"encoder": tables["encoder"]} | own.get("data", {}),
+            "model": model,
+            "optimisation": optimisation | {"minutes": tables["minutes"], "seed": tables["seed"]},
+        }
+    )
+
+
+def pack(tables: dict[str, Any], slides: Path, work: Path) -> Path:
+    """The slides decoded and embedded once, for all systems."""
+    target = work / "pack"
+    if not target.exists():
+        sources = [source.model_dump() for source in recipe(tables, OURS).data.slides]
+        opened = [open_slide(slides / one["path"], assume_mpp=one["assume_mpp"]) for one in sources]
+        build_pack(opened, target, encoder=load_encoder(tables["encoder"]), sources=sources)
+    return target
+
+
+def trained(tables: dict[str, Any], system: str, slides: Path, work: Path) -> Path:
+    """The folder of a system's brush."""
+    target, own = work / system / "brush", work / system / "training"
+    if not target.exists():
+        own.mkdir(parents=True, exist_ok=True)
+        if not (own / "pack").exists():
+            (own / "pack").symlink_to(pack(tables, slides, work).resolve())
+        train_brush(recipe(tables, system), target, work=own, slides=slides)
+    return target
+
+
+def squares(slide: Slide, size: int, count: int) -> list[tuple[int, int, int, int]]:
+    """The squares of `size` pixels at MPP with the most tissue that share no pixel: level-0 (top, left, height, width).
+
+    Of a lattice that begins in the slide's corner, so that every system is given the same.
+    """
+    side = size * MPP
+    rows, columns = (int(length * slide.mpp / side) for length in slide.grid.shape)
+    cover = find_tissue(slide).cover(Grid(side, 0, 0, rows, columns))
+    best = np.argsort(-cover, axis=None, kind="stable")[:count]
+    pixels = round(side / slide.mpp)
+    return [(round(y * side / slide.mpp), round(x * side / slide.mpp), pixels, pixels)
+            for y, x in zip(*np.unravel_index(best, cover.shape), strict=True)]  # fmt: skip
+
+
+def painted(tables: dict[str, Any], system: str, brush: Path, slides: Path, work: Path, size: int, each: int) -> Path:
+    """A folder with the paintings of a size, and `done.json` with what they took."""
+    folder = work / system / str(size)
+    if (folder / "done.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded, encoder, seconds = load_brush(brush), load_encoder(tables["encoder"]), []
+    for source in tables["held_out"]:
+        slide = open_slide(slides / source["path"], assume_mpp=source.get("assume_mpp"))
+        for number, region in enumerate(squares(slide, size, each)):
+            target = folder / f"{slide.path.stem}-{number}.ome.zarr"
+            if target.exists():
+                continue
+            painting = Painting(
+                region=region, mpp=MPP, seed=tables["seed"] + number, steps=tables["steps"], memory=16 * 10**9
+            )
+            found = synthesize_slide(
+                slide.path, target, painting, brush=loaded, encoder=encoder, assume_mpp=source.get("assume_mpp")
+            )
+            seconds.append(found.seconds)
+    about = {"seconds": seconds, "parameters": sum(p.numel() for p in loaded.network.parameters())}
+    (folder / "done.json").write_text(json.dumps(about))
+    return folder
+
+
+def judged(tables: dict[str, Any], slides: Path, folder: Path) -> dict[str, Any]:
+    """The figures of a folder of paintings against the squares that they follow."""
+    report = folder.with_name(f"{folder.name}-report")
+    if not report.exists():
+        real, synthetic = [], sorted(folder.glob("*.ome.zarr"))
+        assumed = {Path(one["path"]).stem: one for one in tables["held_out"]}
+        for painting in synthetic:
+            real.append(slides / assumed[painting.name.rsplit("-", 1)[0]]["path"])
+        sides = open_sides(real, synthetic, assume_mpp=0.5)
+        figures = evaluate_slides(sides, encoders=[load_encoder(tables["encoder"])], seed=tables["seed"])
+        write_report(report, sides, figures)
+    return dict(json.loads((report / "report.json").read_text(encoding="utf-8")))
+
+
+def cost(tables: dict[str, Any], system: str, size: int, work: Path) -> dict[str, float]:
+    """Seconds of a training step on scenes of `size` pixels at MPP, by one scene a batch and by two, and the memory.
+
+    In a process of its own, for its peak.
+    """
+    command = [sys.executable, __file__, "--cost", json.dumps([tables, system, size, str(work)])]
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+
+
+def measured(tables: dict[str, Any], system: str, size: int, work: Path) -> dict[str, float]:
+    """What `cost` measures, in this process."""
+    own, found = recipe(tables, system), {}
+    shares = (1.0, 0.0, 0.0, 0.0, 0.0)
+    data = own.data.model_copy(update={"shares": shares, "sizes": (size, *own.data.sizes[1:]), "in_memory": False})
+    for batch in (1, 2):
+        optimisation = own.optimisation.model_copy(update={"batch": batch, "shards": 1})
+        config = own.model_copy(update={"data": data, "optimisation": optimisation})
+        run = Training(config, TrainingPack(work / "pack"), work / "cost")
+        run.step()
+        start = time.perf_counter()
+        for _ in range(COST_STEPS):
+            run.step()
+        found |= {f"seconds{batch}": (time.perf_counter() - start) / COST_STEPS, f"peak{batch}": peak_memory()}
+    return found
+
+
+# -- the tables ----------------------------------------------------------------------------------------
+
+
+def number(one: Any, digits: int = 3) -> str:
+    """A figure beside its floor, or a dash."""
+    if not isinstance(one, dict) or one.get("value") is None:
+        return "–"
+    floor = f" ({one['floor']:.{digits}g})" if one.get("floor") is not None else ""
+    return f"{one['value']:.{digits}g}{floor}"
+
+
+def quality(found: dict[str, dict[str, Any]], encoder: str) -> list[str]:
+    """Rows of a table of quality: one a system."""
+    heads = [
+        "FD 0.5 µm",
+        "KID 0.5 µm",
+        "KID 2 µm",
+        "KID 8 µm",
+        "cosine 0.5 µm",
+        "cosine 2 µm",
+        "top 1",
+        "finest octaves",
+    ]
+    lines = [f"| system | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for system, figures in found.items():
+        scales, control = figures["scales"][encoder], (figures["control"] or {}).get(encoder, {"cosine": {}})
+        cosines = [control["cosine"].get(mpp, {}).get("mean") for mpp in ("0.5", "2")]
+        top = control.get("retrieval", {})
+        ratios = figures["texture"].get("octaves", {}).get("ratio", [])[:2]
+        cells = [number(scales.get("0.5", {}).get("frechet"))]
+        cells += [number(scales.get(mpp, {}).get("kernel")) for mpp in ("0.5", "2", "8")]
+        cells += [f"{one:.3f}" if one is not None else "–" for one in cosines]
+        cells.append(f"{100 * top['top1']:.0f} % of {top['regions']}" if "top1" in top else "–")
+        cells.append(" ".join("–" if one is None else f"{one:.2f}" for one in ratios) or "–")
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    return lines
+
+
+def costs(found: dict[str, dict[int, dict[str, float]]], parameters: dict[str, int]) -> list[str]:
+    """Rows of the table of costs."""
+    heads = [f"{what}, {size}²" for what in ("s a scene", "largest batch") for size in COST_SIZES]
+    lines = [f"| system | parameters | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
+    for system, sizes in found.items():
+        cells = [f"{sizes[size]['seconds2'] / 2:.2f}" for size in COST_SIZES]
+        for size in COST_SIZES:
+            one, two = sizes[size]["peak1"], sizes[size]["peak2"]
+            cells.append(str(1 + int((COST_MEMORY - one) / max(two - one, 1e6))) if one <= COST_MEMORY else "0")
+        lines.append(f"| {system} | {parameters[system] / 1e6:.2f} M | {' | '.join(cells)} |")
+    return lines
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Train, paint, judge, write."""
+    tables = tomllib.loads(arguments.tables.read_text(encoding="utf-8"))
+    tables["minutes"] = arguments.minutes or tables["minutes"]
+    work, slides = arguments.work, arguments.slides
+    work.mkdir(parents=True, exist_ok=True)
+    systems: Sequence[str] = arguments.only or list(tables["systems"])
+    brushes = {system: trained(tables, system, slides, work) for system in systems}
+    machine = platform.processor() or platform.machine()
+    lines = [f"{tables['minutes']:g} minutes of training a system, {tables['steps']} steps; {machine}, "
+             f"wsi-brush {__version__}, {date.today()}.", ""]  # fmt: skip
+    parameters: dict[str, int] = {}
+    for one in tables["paintings"]:
+        size, each = one["size"], arguments.each or one["each"]
+        if arguments.sizes and size not in arguments.sizes:
+            continue
+        found, seconds = {}, {}
+        for system, brush in brushes.items():
+            folder = painted(tables, system, brush, slides, work, size, each)
+            about = json.loads((folder / "done.json").read_text())
+            parameters[system] = about["parameters"]
+            seconds[system] = float(np.mean(about["seconds"])) if about["seconds"] else float("nan")
+            found[system] = judged(tables, slides, folder)
+        lines += [f"## {size}²: {len(tables['held_out']) * each} paintings after held-out slides", "",
+                  *quality(found, tables["encoder"]), "",
+                  "In brackets: the floor, real against real. Seconds a painting: "
+                  + ", ".join(f"{system} {value:.0f}" for system, value in seconds.items()) + ".", ""]  # fmt: skip
+    if not arguments.no_costs:
+        taken = {system: {size: cost(tables, system, size, work) for size in COST_SIZES} for system in systems}
+        lines += [f"## Training: seconds a scene, and the largest batch in {COST_MEMORY / 1e9:g} GB", "",
+                  *costs(taken, parameters), ""]  # fmt: skip
+    (work / "RESULTS.md").write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    keep_memory()
+    if sys.argv[1:2] == ["--cost"]:
+        given, name, pixels, where = json.loads(sys.argv[2])
+        print(json.dumps(measured(given, name, pixels, Path(where))))
+    else:
+        parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+        parser.add_argument("tables", type=Path)
+        parser.add_argument("--slides", type=Path, required=True)
+        parser.add_argument("--work", type=Path, required=True)
+        parser.add_argument("--minutes", type=float)
+        parser.add_argument("--each", type=int)
+        parser.add_argument("--sizes", type=int, nargs="+")
+        parser.add_argument("--only", nargs="+")
+        parser.add_argument("--no-costs", action="store_true")
+        try:
+            main(parser.parse_args())
+        except WsiBrushError as error:
+            sys.exit(f"{error}")
