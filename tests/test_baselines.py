@@ -24,7 +24,7 @@ from wsi_brush.baselines.mollified import Cosine, Mollified, _response, wiener
 from wsi_brush.baselines.points import Domain, Neighbours, PointKernel
 from wsi_brush.brush import Brush, load_brush, save_brush
 from wsi_brush.cli.plans import plan_painting
-from wsi_brush.commit import sha256_of, verify
+from wsi_brush.commit import MANIFEST, sha256_of, verify
 from wsi_brush.condition import ConditionMap
 from wsi_brush.coordinates import CoordinateSampler, TrainingPack, build_pack
 from wsi_brush.diffusion import Ladder
@@ -240,7 +240,7 @@ def test_what_it_cannot_do_is_one_line(brushes: dict[str, Path], tissue_slide: P
 def test_a_brush_that_is_not_known_is_refused(brushes: dict[str, Path], tmp_path: Path, change: dict[str, Any]) -> None:
     brush = load_brush(brushes["infty-brush"])
     save_brush(brush, tmp_path / "brush")
-    path, manifest = tmp_path / "brush" / "brush.json", tmp_path / "brush" / "manifest.json"
+    path, manifest = tmp_path / "brush" / "brush.json", tmp_path / "brush" / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change), encoding="utf-8")
     facts = json.loads(manifest.read_text("utf-8"))
     facts["files"]["brush.json"]["sha256"] = sha256_of(path)

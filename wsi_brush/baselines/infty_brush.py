@@ -63,10 +63,12 @@ class CrossOperator(nn.Module):
             token = self.place(axis)
             weight = (query * self._heads(self.key(token)).softmax(-1)).sum(-1, keepdim=True)
             mass, total = mass + weight, total + weight * self._heads(self.value(token))
-        return total / mass
+        found: Tensor = total / mass
+        return found
 
     def _heads(self, u: Tensor) -> Tensor:
-        return u.unflatten(-1, (self.heads, -1))
+        found: Tensor = u.unflatten(-1, (self.heads, -1))
+        return found
 
 
 class BrushBlock(PointBlock):

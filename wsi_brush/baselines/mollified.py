@@ -65,7 +65,9 @@ class Cosine:
     @property
     def times(self) -> Tensor:
         """The times that are used; never the first, whose posterior has no width."""
-        return torch.nonzero((self.sigmas >= self.low) & (self.sigmas <= self.high)).flatten().clamp_min(2).unique()
+        inside = (self.sigmas >= self.low) & (self.sigmas <= self.high)
+        inside[:2] = False
+        return torch.nonzero(inside).flatten()
 
     def path(self, steps: int) -> list[float]:
         """Noise levels of so many evaluations, evenly spaced in time, and the end, 0."""
@@ -186,4 +188,4 @@ class Mollified(System):
         """Four maps of features over all pixels, and the nodes' features."""
         area, sizes = canvas.rounded(self.config.node), self.config
         pixels = area.height * area.width
-        return 4 * pixels * (4 * sizes.width + _STATE) + 4 * pixels // sizes.node**2 * 16 * sizes.grid
+        return int(4 * pixels * (4 * sizes.width + _STATE) + 4 * pixels // sizes.node**2 * 16 * sizes.grid)

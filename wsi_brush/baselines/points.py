@@ -257,8 +257,8 @@ class GridBlock(nn.Module):
         self.first, self.second = (nn.Conv2d(c, after, 3, padding=1) for c in (before, after))
         self.norm = Modulated(after)
         self.across = nn.Linear(before, after) if before != after else nn.Identity()
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        for weight in self.second.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, u: Tensor, signal: Tensor) -> Tensor:
         """(n, rows, columns, before) -> (n, rows, columns, after)."""
