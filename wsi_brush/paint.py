@@ -33,8 +33,6 @@ from .scratch import Plane, Work, new_plane
 from .store import EmbeddingMap
 from .stream import TILE, CanvasDenoiser, read_plane, side_by_side, tiles_of
 
-KEPT = 4 * 2**20
-"""Bytes of an activation that is worth keeping for the next (`machine.keep_memory`): those of a band are."""
 SAVE_EVERY = 60.0
 """Seconds between two generations on disk of a state that is in memory."""
 _GUIDED_FROM = 0.6  # noise of a mean over 1 µm²; below, guidance changed nothing that was seen, and takes more time
@@ -42,7 +40,8 @@ _RETOUCHED_BELOW = 0.1  # noise of a pixel; a mean over 8 x 8 of them then carri
 _RETOUCHES = 3  # at most, one after another
 _PIXEL = 12  # bytes of one pixel of a plane
 _BASE = 1_200_000_000  # bytes of a process that has torch, brush, encoder and the slide's libraries loaded
-_WINDOW = 240  # bytes that the operator takes for a pixel of its window, measured from 640 to 1152 pixels a side
+_WINDOWS = 240, 300  # bytes that the operator takes for a pixel of its window, measured from 640 to 1280 pixels a side
+_SCARCE = 3 * 10**9  # bytes; of less, large activations go back to the system at once, which takes a fifth more time
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,12 @@ def state_bytes(canvas: Grid, ladder: Ladder) -> int:
     return round(_pixels(whole(canvas, ladder)) * (4 * _PIXEL + 2.5))
 
 
+def kept(memory: int) -> int | None:
+    """Bytes of the largest activation that is kept for the next (`machine.keep_memory`), within so much memory: all, or
+    where memory is scarce those of a band."""
+    return 4 * 2**20 if memory < _SCARCE else None
+
+
 def budget(painting: Painting, config: DenoiserConfig) -> tuple[int, int]:
     """Side of the tiles, and bytes that are left for the state, within the memory that the painting may take.
 
@@ -166,7 +171,8 @@ def budget(painting: Painting, config: DenoiserConfig) -> tuple[int, int]:
         UsageError: if it is too little for the smallest tile.
     """
     sides = [side for side in (1024, 768, 512, 256, 128) if side <= painting.tile] or [painting.tile]
-    needs = [_BASE + torch.get_num_threads() * _WINDOW * (side + 2 * reach(config)) ** 2 for side in sides]
+    window = _WINDOWS[kept(painting.memory) is None]
+    needs = [_BASE + torch.get_num_threads() * window * (side + 2 * reach(config)) ** 2 for side in sides]
     for side, need in zip(sides, needs, strict=True):
         if need <= painting.memory:
             return side, painting.memory - need

@@ -27,7 +27,7 @@ from wsi_brush import __version__
 from wsi_brush.brush import load_brush
 from wsi_brush.coordinates import TrainingPack, build_pack
 from wsi_brush.encoder import load_encoder
-from wsi_brush.errors import WsiBrushError
+from wsi_brush.errors import SlideError, WsiBrushError
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory, peak_memory
@@ -127,7 +127,10 @@ def judged(tables: dict[str, Any], slides: Path, folder: Path) -> dict[str, Any]
         assumed = {Path(one["path"]).stem: one for one in tables["held_out"]}
         for painting in synthetic:
             real.append(slides / assumed[painting.name.rsplit("-", 1)[0]]["path"])
-        sides = open_sides(real, synthetic, assume_mpp=0.5)
+        try:
+            sides = open_sides(real, synthetic, assume_mpp=MPP)
+        except SlideError as error:  # a system that learnt nothing paints no tissue
+            return {"missing": str(error)}
         figures = evaluate_slides(sides, encoders=[load_encoder(tables["encoder"])], seed=tables["seed"])
         write_report(report, sides, figures)
     return dict(json.loads((report / "report.json").read_text(encoding="utf-8")))
@@ -184,6 +187,9 @@ def quality(found: dict[str, dict[str, Any]], encoder: str) -> list[str]:
     ]
     lines = [f"| system | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for system, figures in found.items():
+        if "missing" in figures:
+            lines.append(f"| {system} | {figures['missing']} |{' |' * (len(heads) - 1)}")
+            continue
         scales, control = figures["scales"][encoder], (figures["control"] or {}).get(encoder, {"cosine": {}})
         cosines = [control["cosine"].get(mpp, {}).get("mean") for mpp in ("0.5", "2")]
         top = control.get("retrieval", {})

@@ -28,7 +28,7 @@ from wsi_brush.diffusion import coefficients, moves, solve
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory, peak_memory
-from wsi_brush.paint import KEPT, Painting, paint_canvas
+from wsi_brush.paint import Painting, kept, paint_canvas
 from wsi_brush.splat import nodes
 from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import CanvasDenoiser, side_by_side
@@ -205,10 +205,11 @@ def size(sides: list[int]) -> dict[str, object]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--alone"]:
-        keep_memory(None if sys.argv[2] == "parent" else KEPT)  # the parent's activations are all large
+        gigabytes = float(sys.argv[5]) if sys.argv[5:] else 4.0
+        keep_memory(None if sys.argv[2] == "parent" else kept(int(gigabytes * 1e9)))
         alone(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
     else:
-        keep_memory(KEPT)
+        keep_memory()
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
         parser.add_argument("what", nargs="*")
         parser.add_argument("--ref", type=Path, default=Path(__file__).parents[2] / "examples" / "reference.tif")

@@ -155,14 +155,14 @@ def synthesize(
         from ..cluster import connect
         from ..encoder import load_encoder
         from ..machine import peak_memory
-        from ..paint import KEPT, Painting
+        from ..paint import Painting, kept
         from ..synthesize import synthesize_slide
 
         painting = Painting(
             4096 if size is None else size, place, mpp, seed, steps, guidance, solver,
             progressive=progressive == "on", memory=memory,
         )  # fmt: skip
-        prepare(threads, largest=KEPT)
+        prepare(threads, largest=kept(memory))
         loaded = load_brush(brush)
         eyes = load_encoder(encoder or loaded.about["encoder"])
         if dry_run:
