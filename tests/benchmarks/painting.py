@@ -205,8 +205,7 @@ def size(sides: list[int]) -> dict[str, object]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--alone"]:
-        gigabytes = float(sys.argv[5]) if sys.argv[5:] else 4.0
-        keep_memory(None if sys.argv[2] == "parent" else kept(int(gigabytes * 1e9)))
+        keep_memory(None if sys.argv[2] == "parent" else kept(int(float(sys.argv[5]) * 1e9)))
         alone(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
     else:
         keep_memory()
