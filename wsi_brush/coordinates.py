@@ -261,7 +261,7 @@ class CoordinateSampler:
             top, left = self._place(rng, slide, cells, mpp, size)
             turn = int(rng.integers(8))
             pixels = np.asarray(slide.images[mpp][top : top + size, left : left + size], np.float32)
-            images[index] = _turned(pixels, turn).transpose(2, 0, 1) / 127.5 - 1
+            images[index] = turned(pixels, turn).transpose(2, 0, 1) / 127.5 - 1
             for pitch, values in slide.embeddings.items():
                 parts[pitch].append(_map_of(values, top, left, size, self._tile * pitch / mpp, turn))
             windows[index] = rng.integers(0, (size - self._window) // 32 + 1, 2) * 32
@@ -293,8 +293,8 @@ class CoordinateSampler:
         return np.stack(np.unravel_index(rng.choice(free, self._count, replace=False), (size, size)), -1)
 
 
-def _turned(image: NDArray[Any], turn: int) -> NDArray[Any]:
-    """One of the eight symmetries of the square, on the first two axes: flip rows, flip columns, transpose."""
+def turned(image: NDArray[Any], turn: int) -> NDArray[Any]:
+    """One of the eight symmetries of the square, on two axes first: flip rows (1), flip columns (2), transpose (4)."""
     if turn & 1:
         image = image[::-1]
     if turn & 2:
@@ -321,4 +321,4 @@ def _map_of(
         corner[1] = size - end[1]
     if turn & 4:
         corner = corner[::-1].copy()
-    return np.ascontiguousarray(_turned(found, turn)), np.ascontiguousarray(_turned(present, turn), np.float32), corner
+    return np.ascontiguousarray(turned(found, turn)), np.ascontiguousarray(turned(present, turn), np.float32), corner

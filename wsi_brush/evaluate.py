@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from . import __version__
 from .borders import crops, gradients
 from .control import Descriptor, control
+from .copying import copying
 from .embed import TileEncoder
 from .errors import UsageError
 from .likeness import distribution, see, texture
@@ -20,6 +22,7 @@ from .progress import Tell
 from .published import Networks, published
 from .samples import Codec, Field, shows
 from .sides import Sides
+from .slide import Slide
 
 SCALES = (0.5, 2.0, 8.0)
 """µm per pixel: detail, tissue, layout."""
@@ -36,12 +39,14 @@ def check_encoders(encoders: Sequence[TileEncoder]) -> None:
 
 def evaluate_slides(
     sides: Sides, *, encoders: Sequence[TileEncoder], codec: str = "jpeg:90", most: int = 1536, seed: int = 0,
-    networks: Networks | None = None, tell: Tell | None = None,
+    networks: Networks | None = None, training: Sequence[Slide] = (), trained_until: float = 1.0,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """All figures of two sides (`samples.open_sides`), ready for JSON; see README, "Evaluate", for what each means.
 
     `most`: tiles of a side and scale that are looked at; `networks`: those of the figures that papers print, if these
-    are wanted (`published.find_networks`).
+    are wanted (`published.find_networks`); `training`: the slides that the brush was trained on, the left
+    `trained_until` of their width, which are searched for copies.
 
     Raises:
         SlideError: if a slide cannot be read.
@@ -81,10 +86,16 @@ def evaluate_slides(
         control(sides, [*encoders, Descriptor()], one_codec, scales, most=min(most, 256), seed=seed, tell=tell)
         if sides.pairs else None
     )  # fmt: skip
-    figures["published"] = None
+    figures["published"], figures["copying"] = None, None
     if networks is not None:
         notes.extend([networks.missing] if networks.missing else [])
         figures["published"] = published(sides, networks, one_codec, mpp=finest, most=most, seed=seed, tell=tell)
+    if training:
+        searched = replace(sides, notes=notes)
+        figures["copying"] = copying(
+            searched, training, one_codec, until=trained_until, most=most, seed=seed, tell=tell
+        )
+        sides.training = searched.training
     return figures | {"notes": notes, "seconds": round(time.monotonic() - start, 1)}
 
 

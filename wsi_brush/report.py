@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .commit import staged
+from .coordinates import turned
 from .grid import Grid
 from .samples import Field
 from .sides import Pair, Sides
@@ -37,6 +38,7 @@ def write_report(target: Path, sides: Sides, figures: dict[str, Any], *, overwri
     page = template.render(
         figures=figures, pictures=[_pictures(sides, pair) for pair in shown[:_SHOWN]], worst=_worst(sides, figures),
         curves=Markup(_curves(figures["texture"])), areas=Markup(_areas(figures["texture"])),
+        copies=_copies(sides, figures["copying"]), correlations=Markup(_correlations(figures["copying"])),
     )  # fmt: skip
     with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
         (stage / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
@@ -81,6 +83,23 @@ def _worst(sides: Sides, figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         real, ours = sides.real[one["real"]].slide.read(there), sides.synthetic[one["synthetic"]].slide.read(here)
         place = f"{sides.synthetic[one['synthetic']].name}, row {one['place'][0]}, column {one['place'][1]}"
         found.append((_coded(real), _coded(ours), f"cosine {one['cosine']}; {place}"))
+    return found
+
+
+def _copies(sides: Sides, copying: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """The synthetic tiles that are nearest to the training slides, beside what they are nearest to."""
+    found = []
+    for one in (copying or {}).get("worst", []):
+        ours, theirs = sides.synthetic[one["synthetic"]], sides.training[one["training"]]
+        views = []
+        for slide, corner in ((ours.slide, one["place"]), (theirs, one["there"])):
+            mpp = max(0.5, slide.mpp)
+            places = [round(edge / mpp) for edge in corner]
+            views.append(slide.read(Grid(mpp, *places, *[round(one["side"] / mpp)] * 2)))
+        found.append(
+            (_coded(views[0]), _coded(turned(views[1], one["turn"])),
+             f"correlation {one['correlation']}; {ours.name}, and {theirs.path.name}")
+        )  # fmt: skip
     return found
 
 
@@ -130,6 +149,22 @@ def _areas(texture: dict[str, Any]) -> str:
         points = [(k, float(value)) for k, value in enumerate(share)]
         lines.append(f'<polyline points="{_points(points, len(share), top)}" stroke="{colour}" fill="none"/>')
     return _figure(lines, ["0", "50", "100", "150", "200 µm²"], top, "areas of nuclei: real (blue), synthetic (red)")
+
+
+def _correlations(copying: dict[str, Any] | None) -> str:
+    """How near to the training slides the tiles of both sides come."""
+    if not copying or "counts" not in copying:
+        return ""
+    counts = [np.asarray(copying["counts"][side], float) for side in ("held_out", "synthetic")]
+    shares = [one / one.sum() for one in counts]
+    top, lines = max(float(share.max()) for share in shares), []
+    for share, colour in zip(shares, ("#3060a0", "#a00000"), strict=True):
+        points = [(k, float(value)) for k, value in enumerate(share)]
+        lines.append(f'<polyline points="{_points(points, len(share), top)}" stroke="{colour}" fill="none"/>')
+    across = _EDGE + copying["threshold"] * (_WIDTH - 2 * _EDGE)
+    lines.append(f'<line x1="{across:.1f}" x2="{across:.1f}" y1="{_EDGE}" y2="{_HEIGHT - _EDGE}" stroke="#bbb"/>')
+    words = "correlation with the nearest training tile: held out (blue), synthetic (red), threshold (grey)"
+    return _figure(lines, ["0", "0.25", "0.5", "0.75", "1"], top, words)
 
 
 def _points(points: Sequence[tuple[int, float]], count: int, top: float) -> str:

@@ -52,13 +52,14 @@ class Pair(NamedTuple):
 
 @dataclass
 class Sides:
-    """The two sides, and which synthetic field follows which real one."""
+    """The two sides, which synthetic field follows which real one, and what was searched for copies."""
 
     real: list[Field]
     synthetic: list[Field]
     pairs: list[Pair]
     notes: list[str] = field(default_factory=list)
     brushes: list[dict[str, Any]] = field(default_factory=list)
+    training: list[Slide] = field(default_factory=list)
 
 
 def open_all(

@@ -244,6 +244,16 @@ def evaluate(
         list[Path], typer.Option("--synthetic", help="Synthetic slides, in the same order.", metavar="SLIDE...")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of report.json and report.html.")],
+    training: Annotated[
+        list[Path] | None,
+        typer.Option("--training", help="What the brush was trained on: searched for copies.", metavar="SLIDE..."),
+    ] = None,
+    trained_until: Annotated[
+        float,
+        typer.Option(
+            help="Part of their width, from the left, that was trained on; `train` takes 0.75.", min=0.01, max=1
+        ),
+    ] = 1.0,
     encoder: Annotated[list[str], typer.Option(help=f"{_ENCODERS}; several.")] = ["bundled"],  # noqa: B006
     codec: Annotated[str, typer.Option(help="What both sides go through first: jpeg:Q or none.")] = "jpeg:90",
     most: Annotated[int, typer.Option(help="Tiles of a side and scale that are looked at.", min=16)] = 1536,
@@ -275,20 +285,24 @@ def evaluate(
         if download and not published:
             raise UsageError("--download: nothing is fetched without --published")
         # what is none is said at once
-        slides = [open_all(paths, assume_mpp=assume_mpp, force_mpp=force_mpp) for paths in (real, synthetic)]
+        *slides, searched = (
+            open_all(paths, assume_mpp=assume_mpp, force_mpp=force_mpp) for paths in (real, synthetic, training or [])
+        )
         prepare(threads)
         loaded = [load_encoder(name) for name in encoder]
         check_encoders(loaded)
         if dry_run:
-            print_plan(plans.plan_evaluation(slides, loaded, out, most, published=published), json_)
+            plan = plans.plan_evaluation(slides, loaded, out, most, searched, trained_until, published=published)
+            print_plan(plan, json_)
             return
         check_target(out, kind=KIND, overwrite=overwrite)
         with Shown(quiet) as progress:
             networks = find_networks(download=download, tell=progress) if published else None
             sides = open_sides(*slides, tell=progress)
             figures = evaluate_slides(
-                sides, encoders=loaded, codec=codec, most=most, seed=seed, networks=networks, tell=progress
-            )
+                sides, encoders=loaded, codec=codec, most=most, seed=seed, networks=networks, training=searched,
+                trained_until=trained_until, tell=progress,
+            )  # fmt: skip
         write_report(out, sides, figures, overwrite=overwrite)
         if json_:
             typer.echo(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False))

@@ -103,6 +103,20 @@ def print_figures(figures: dict[str, Any]) -> None:
         found = one["retrieval"]
         top = f"; own reference first of {found['regions']}: {100 * found['top1']:.0f} %" if "top1" in found else ""
         typer.echo(f"cosine with the reference in {name}: {cosines or 'too few tiles'}{top}")
+    if figures["copying"]:
+        _print_copying(figures["copying"])
+
+
+def _print_copying(found: dict[str, Any]) -> None:
+    if "missing" in found:
+        typer.echo(f"copies: {found['missing']}")
+        return
+    share, near = found["share"], found["correlation"]
+    floor = "" if share["floor"] is None else f" (floor {100 * share['floor']:.2g} %)"
+    typer.echo(
+        f"copies: {100 * share['value']:.2g} % of {found['synthetic']} tiles{floor}; correlation with the nearest "
+        f"training tile {near['value']:.2f}, of held-out real ones {near['floor']:.2f}"
+    )
 
 
 def _published(name: str, one: dict[str, Any]) -> str:

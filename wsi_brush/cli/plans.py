@@ -96,9 +96,11 @@ def _plan_rival(rival: System, canvas: Grid, out: Path, painting: Painting) -> d
 
 
 def plan_evaluation(
-    sides: list[list[Slide]], encoders: list[Encoder], out: Path, most: int, *, published: bool = False
-) -> dict[str, Any]:
+    sides: list[list[Slide]], encoders: list[Encoder], out: Path, most: int, training: list[Slide], until: float, *,
+    published: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """What would be compared, and at most how many tiles: time from a batch of blank ones on this machine."""
+    from ..copying import MOST, search_seconds
     from ..estimate import encoder_seconds
     from ..evaluate import SCALES
 
@@ -111,13 +113,15 @@ def plan_evaluation(
                 mine += min(most, sum(int(4 * height * width) for height, width in across))
         tiles += mine
         seconds += encoder_seconds(encoder, 2.0 * mine)  # as many again on borders and for control
-    more = {"published": _plan_published(sides, most)} if published else {}
+    search = f", {search_seconds(2 * min(most, MOST), training, until) / 60:.1f} looking for copies" if training else ""
+    more: dict[str, Any] = {"training": [slide.path.name for slide in training]} if training else {}
+    more |= {"published": _plan_published(sides, most)} if published else {}
     return {
         "real": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[0]],
         "synthetic": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[1]],
         "encoders": [encoder.name for encoder in encoders],
         "tiles": f"at most {tiles}",
-        "time": f"at most {seconds / 60:.1f} minutes in the encoders, and about one more",
+        "time": f"at most {seconds / 60:.1f} minutes in the encoders{search}, and about one more",
         **more,
         "output": f"{out}{' (exists)' if out.exists() else ''}",
     }
