@@ -44,6 +44,7 @@ The modules, in the order of the data; a module imports only what stands above i
     borders       whether the lattices that a painting is made on are seen in it
     published     the figures that papers print, in the networks that they use
     control       whether a painting shows what it was asked for
+    nearest       where in other slides a tile looks most like itself
     copying       whether a painting copies what its brush was trained on
     evaluate      verb: real and synthetic slides -> figures
     report        figures and pictures as a folder to be read

@@ -100,9 +100,10 @@ def plan_evaluation(
     published: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """What would be compared, and at most how many tiles: time from a batch of blank ones on this machine."""
-    from ..copying import MOST, search_seconds
+    from ..copying import MOST
     from ..estimate import encoder_seconds
     from ..evaluate import SCALES
+    from ..nearest import search_seconds, whole
 
     tiles, seconds = 0, 0.0
     for encoder in encoders:
@@ -113,8 +114,10 @@ def plan_evaluation(
                 mine += min(most, sum(int(4 * height * width) for height, width in across))
         tiles += mine
         seconds += encoder_seconds(encoder, 2.0 * mine)  # as many again on borders and for control
-    search = f", {search_seconds(2 * min(most, MOST), training, until) / 60:.1f} looking for copies" if training else ""
-    more: dict[str, Any] = {"training": [slide.path.name for slide in training]} if training else {}
+    search, more = "", dict[str, Any]()
+    if training:
+        minutes = search_seconds(2 * min(most, MOST), [whole(slide, until) for slide in training]) / 60
+        search, more = f", {minutes:.1f} looking for copies", {"training": [slide.path.name for slide in training]}
     more |= {"published": _plan_published(sides, most)} if published else {}
     return {
         "real": [f"{slide.path.name} ({slide.mpp:.4g} µm per pixel)" for slide in sides[0]],
