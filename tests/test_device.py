@@ -1,6 +1,7 @@
 """Painting on a GPU: nothing is left on the CPU by mistake, which needs none; and what one paints, where there is one.
 
-Without a GPU its tensors are fake: they have shapes, types and a device, no values, and refuse to meet another device's.
+Without a GPU its tensors are fake: they have a shape, a type and a device, no values, and refuse to meet those of
+another device.
 """
 
 from __future__ import annotations

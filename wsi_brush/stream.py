@@ -326,7 +326,7 @@ def _strips(rows: int, halo: int) -> Iterator[tuple[slice, slice]]:
 
 
 def threads_for(device: torch.device) -> int | None:
-    """How many threads give tiles to a device: one to a GPU, which has enough to do with one tile; None: as torch has."""
+    """How many threads give tiles to a device: one to a GPU, which a tile fills; None: as many as torch has."""
     return None if device.type == "cpu" else 1
 
 

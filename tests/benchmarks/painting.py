@@ -262,6 +262,8 @@ def device(brush: Brush, reference: Path, side: int, tiles: list[int], name: str
     for precision in ("float32", "bfloat16"):
         for tile in tiles:
             one_tile(brush.on(there), precision, tile)
+    for level in (0, 1, 2):
+        neighbours(there, brush.denoiser.config.width << level, max(tiles) >> (level + 1))
 
 
 def cosines(one: np.ndarray, other: np.ndarray, *, mean: bool = False) -> float:
@@ -315,6 +317,41 @@ def one_tile(brush: Brush, precision: str, side: int, repeats: int = 10) -> None
     for row in rows[:12]:
         print(f"  {getattr(row, key) / 1e3:8.3f} ms {row.count:5d} x {row.key[:100]}")
     sys.stdout.flush()
+
+
+def neighbours(device: torch.device, channels: int, side: int) -> None:
+    """Ways to the depthwise 3 x 3 sum of a kernel integral on features (1, side, side, channels), ms each."""
+    from torch.nn import functional
+
+    from wsi_brush.machine import wait_for
+
+    def shifted(u, kernel):
+        around, total = functional.pad(u, (0, 0, 1, 1, 1, 1)), None
+        for row in range(3):
+            for column in range(3):
+                part = around[:, row : row + side, column : column + side]
+                tap = kernel[:, 0, row, column]
+                total = part * tap if total is None else torch.addcmul(total, part, tap)
+        return total
+
+    ways = {
+        "channels_last": lambda u, k: functional.conv2d(u.permute(0, 3, 1, 2), k, padding=1, groups=channels),
+        "contiguous": lambda u, k: (
+            functional.conv2d(u.permute(0, 3, 1, 2).contiguous(), k, padding=1, groups=channels)
+            .permute(0, 2, 3, 1)
+            .contiguous()
+        ),
+        "shifted": shifted,
+    }
+    for kind in (torch.float32, torch.bfloat16):
+        u = torch.randn(1, side, side, channels, device=device, dtype=kind)
+        kernel, found = torch.randn(channels, 1, 3, 3, device=device, dtype=kind), {}
+        for name, way in ways.items():
+            with torch.inference_mode():
+                way(u, kernel)
+                wait_for(device)
+                found[name] = 1e3 * seconds(lambda way=way, u=u, kernel=kernel: (way(u, kernel), wait_for(device)), 10)
+        said(f"ms of neighbours, {channels} channels, {side} x {side}, {kind}", **found)
 
 
 def said(what: str, **figures: float) -> None:
