@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wsi_brush import machine, paint, stream, synthesize
 from wsi_brush.baselines import build
-from wsi_brush.baselines.mollified import Mollified
+from wsi_brush.baselines.mollified import Mollified, _left
 from wsi_brush.baselines.patches import Patches, own
 from wsi_brush.baselines.points import Domain
 from wsi_brush.brush import Brush
@@ -104,6 +104,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     device = torch.device("cuda", 0)
     for width in (0.5, 1.0):
         mollify(torch.zeros(1, 1, 16, 16), width)  # its taps are numbers, and are made once
+        _left(width)
     monkeypatch.setattr(stream, "_to", lambda place, values: values.to(place))
     for module in (stream, paint):
         monkeypatch.setattr(module, "side_by_side", in_turn)

@@ -71,8 +71,7 @@ class Brush:
 
     def on(self, device: torch.device) -> Brush:
         """The same brush on a device; a copy, where it is on another."""
-        here = self.device
-        if here.type == device.type and device.index in (None, here.index):
+        if self.device == device:
             return self
         return replace(self, network=copy.deepcopy(self.network).to(device))
 

@@ -40,16 +40,18 @@ def find_device(name: str) -> torch.device:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
         raise UsageError(f"{name!r} is no device; expected cpu, cuda or cuda:N")
-    if found.type == "cuda":
-        if not torch.cuda.is_available():
-            raise MachineError(f"{name}: no CUDA device is available to PyTorch here; use cpu")
-        if (found.index or 0) >= (count := torch.cuda.device_count()):
-            raise MachineError(f"{name}: the CUDA devices here are numbered from 0 to {count - 1}; use one of them")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a newer way to say it, which releases before 2.9 do not know
-            torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.allow_tf32 = False
-    return found
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MachineError(f"{name}: no CUDA device is available to PyTorch here; use cpu")
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if index >= (count := torch.cuda.device_count()):
+        raise MachineError(f"{name}: the CUDA devices here are numbered from 0 to {count - 1}; use one of them")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a newer way to say it, which releases before 2.9 do not know
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", index)
 
 
 def check_precision(precision: str, device: torch.device) -> None:

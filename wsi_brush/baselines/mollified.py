@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -102,6 +103,12 @@ def wiener(image: Tensor, width: float) -> Tensor:
     return torch.from_numpy(np.stack(found).astype(np.float32))
 
 
+@lru_cache(maxsize=16)
+def _left(width: float) -> float:
+    """The variance that A leaves of white noise."""
+    return float((mollifier(width) ** 2).sum()) ** 2
+
+
 def _response(side: int, width: float) -> np.ndarray[Any, np.dtype[np.float32]]:
     """What A makes of cos(π k (i + ½) / side), for every k."""
     reach = mollifier_radius(width)
@@ -155,7 +162,7 @@ class Mollified(System):
 
     def _scaled(self, values: Tensor, sigma: Tensor) -> Tensor:
         """In units of their spread: A leaves white noise the variance that its squared taps sum to."""
-        noise = float((mollifier(self.config.mollifier) ** 2).sum()) ** 2
+        noise = _left(self.config.mollifier)
         return values / (SIGMA_DATA**2 + noise * sigma**2).sqrt()[:, None, None, None]
 
     def paint(
