@@ -159,9 +159,9 @@ def test_the_operator_stays_there(brush: Brush, fake: torch.device) -> None:
 @pytest.mark.parametrize("solver", ["2m", "ancestral"])
 def test_every_stage_of_a_painting_stays_there(brush: Brush, fake: torch.device, solver: Any) -> None:
     """Noise, moves with history and fresh noise, guidance, retouches, finer pitches; tiles go there and come back."""
-    painting = replace(QUICK, device="cuda", solver=solver, steps=12)
-    ladder = brush.ladder
-    area = whole(CANVAS, ladder)
+    painting = replace(QUICK, device="cuda", solver=solver, mpp=2.0, tile=128)
+    ladder = brush.ladder.starting_at(2.0)
+    area = whole(Grid(2.0, 96, 32, 128, 96), ladder)
     run = Run(made_there(brush, fake), maps_on(area), area, painting, None)
     planes, seen = dict[str, Any](), set[str]()
     todo = stages(ladder, painting)
@@ -200,10 +200,11 @@ def test_rivals_on_points_stay_there(brush: Brush, fake: torch.device, name: str
 def test_patches_stay_there(brush: Brush, fake: torch.device) -> None:
     made = made_there(rival_brush(brush, "patches"), fake)
     system, condition = cast(Patches, made.rival), made.condition(maps_on(CANVAS), CANVAS, 0.5)
-    image = system.paint(condition, CANVAS, made.ladder, seed=0, steps=2, guidance=2.0)
+    canvas = Grid(0.5, 96, 32, 40, 72)
+    image = system.paint(condition, canvas, made.ladder, seed=0, steps=2, guidance=2.0)
     assert own(condition, 32).values.device == fake
     assert image.device == fake
-    assert image.shape == (3, *CANVAS.shape)
+    assert image.shape == (3, *canvas.shape)
 
 
 def test_the_unet_stays_there(brush: Brush) -> None:
