@@ -28,6 +28,7 @@ from wsi_brush import operators
 from wsi_brush.brush import Brush, load_brush
 from wsi_brush.denoiser import NODE, node_mass
 from wsi_brush.diffusion import coefficients, moves, solve
+from wsi_brush.errors import MachineError
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory, peak_memory
@@ -233,7 +234,11 @@ def device(brush: Brush, reference: Path, side: int, tiles: list[int], name: str
     runs = [("cpu", "float32", 1024), *((name, p, tile) for p in ("float32", "bfloat16") for tile in tiles)]
     for where, precision, tile in runs:
         one = replace(painting, device=where, precision=precision, tile=tile)
-        check_precision(precision, find_device(where))
+        try:
+            check_precision(precision, find_device(where))
+        except MachineError as error:
+            print(error)
+            continue
         paint_canvas(brush, maps, canvas, replace(one, steps=5))
         on_gpu = where != "cpu" and there.type == "cuda"
         if on_gpu:
@@ -259,7 +264,7 @@ def device(brush: Brush, reference: Path, side: int, tiles: list[int], name: str
             gpu_gb=torch.cuda.max_memory_allocated(there) / 1e9 if on_gpu else 0.0,
             host_peak_gb=peak_memory() / 1e9,
         )
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", "bfloat16") if there.type == "cuda" else ("float32",):
         for tile in tiles:
             one_tile(brush.on(there), precision, tile)
     for level in (0, 1, 2):
