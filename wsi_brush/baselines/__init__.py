@@ -64,8 +64,8 @@ class System(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are, and it paints."""
-        return torch.as_tensor(next(iter(self.state_dict().values()))).device
+        """Where its weights are, and it paints; without any the CPU."""
+        return next((torch.as_tensor(weight).device for weight in self.state_dict().values()), torch.device("cpu"))
 
     @abstractmethod
     def bytes_for(self, canvas: Grid) -> int:
