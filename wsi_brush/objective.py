@@ -61,7 +61,7 @@ def losses(
 
     Both estimate the scenes' mean loss without bias, so any mixture of them does.
     """
-    image = torch.from_numpy(scenes.images)
+    image = scenes.images
     n, _, size, _ = image.shape
     sigma = draw_sigma(ladder, scenes.mpp, n, drawing, generator)
     wide = sigma[:, None, None, None]
@@ -69,23 +69,23 @@ def losses(
     given = noisy * coefficients(wide)[2]
     known = (torch.rand(n, generator=generator) >= drawing.unconditional).float()
     origin = torch.rand(n, 2, generator=generator).double() * 8192
-    setting = denoiser.setting(sigma, scenes.mpp, _maps(scenes, about), origin=origin, known=known)
-    corners = torch.from_numpy(scenes.windows)
-    side = scenes.window
+    setting = denoiser.setting(sigma, scenes.mpp, conditions(scenes, about), origin=origin, known=known)
+    corners = scenes.windows.to(image.device)
+    at_rows, at_columns = (corners[:, axis, None] + torch.arange(scenes.window) for axis in (0, 1))
+    scene = torch.arange(n)[:, None, None]
 
     def windows(of: Tensor) -> Tensor:
-        cut = [of[s, :, r : r + side, c : c + side] for s, (r, c) in enumerate(corners.tolist())]
-        return torch.stack(cut)
+        return of.permute(0, 2, 3, 1)[scene, at_rows[:, :, None], at_columns[:, None]].permute(0, 3, 1, 2)
 
     scattered = scenes.weight > 0
-    points = torch.from_numpy(scenes.points)
-    scatter = _scatter(points) if scattered else None
-    values = mollified_at(given, points, denoiser.config.mollifier) if scattered else given
+    scatter = _scatter(scenes.points) if scattered else None
+    values = mollified_at(given, scenes.points, denoiser.config.mollifier) if scattered else given
+    window = windows(given)
     grid, tokens = denoiser.layout(
-        *_gathered(denoiser, windows(given), corners, setting, size, scatter, values, scenes), setting
+        *_gathered(denoiser, window, corners, setting, size, scatter, values, scenes), setting
     )
     memory = denoiser.memory(tokens, setting)
-    said = denoiser.paint(windows(given), setting, grid, memory, corner=(corners[:, 0], corners[:, 1]))
+    said = denoiser.paint(window, setting, grid, memory, corner=(corners[:, 0], corners[:, 1]))
     window = loss(said, windows(image), windows(noisy), wide, objective=drawing.objective).mean()
     if scatter is None:
         return window, torch.zeros(())
@@ -106,13 +106,13 @@ def _scatter(points: Tensor) -> Scatter:
     return Scatter.of(scene, points[..., 0].flatten(), points[..., 1].flatten(), levels=3)
 
 
-def _maps(scenes: Scenes, about: dict[str, Any]) -> list[ConditionMap]:
+def conditions(scenes: Scenes, about: dict[str, Any]) -> list[ConditionMap]:
+    """What the scenes show, in units of the embeddings' spread over the training data, finest pitch first."""
     maps = []
     for mpp, (values, present, corner, cell) in sorted(scenes.maps.items()):
         moments = about["embeddings"][f"{mpp:g}"]
-        there = torch.from_numpy(present)
-        standard = (torch.from_numpy(values) - torch.tensor(moments["mean"])) / torch.tensor(moments["std"])
-        maps.append(ConditionMap(standard * there[..., None], there, torch.from_numpy(corner), cell))
+        standard = (values - torch.tensor(moments["mean"])) / torch.tensor(moments["std"])
+        maps.append(ConditionMap(standard * present[..., None], present, corner, cell))
     return maps
 
 
@@ -125,9 +125,10 @@ def _gathered(
     count = size // NODE + 1
     own = nodes(denoiser.sketch(window, setting))
     own = torch.cat([own, node_mass(n, side, side)], -1)
-    total = torch.zeros(n, count, count, own.shape[-1])
-    for scene, (row, column) in enumerate((corners // NODE).tolist()):
-        total[scene, row : row + side + 1, column : column + side + 1] = own[scene]
+    rows, columns = (corners[:, axis, None] // NODE + torch.arange(side + 1) for axis in (0, 1))
+    at = ((torch.arange(n)[:, None] * count + rows)[:, :, None] * count + columns[:, None]).flatten()
+    total = torch.zeros(n * count * count, own.shape[-1]).index_copy(0, at, own.flatten(0, 2))
+    total = total.unflatten(0, (n, count, count))
     if scatter is not None:
         cells = (size**2 - window.shape[2] ** 2) / CELL**2
         occupied = 1 - (1 - 1 / cells) ** scenes.points.shape[1]  # the chance that a cell holds a point

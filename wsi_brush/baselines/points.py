@@ -140,16 +140,11 @@ class Domain:
 
     def read(self, table: Tensor, node: int) -> Tensor:
         """Nodes (n, r, c, channels) read bilinearly at the pixels or points of this domain."""
-        rows, columns = ((axis + 0.5) / node for axis in (self.rows, self.columns))
-        found = []
-        for scene, nodes_of_it in enumerate(table):
-            places = rows[scene].flatten(), columns[scene].flatten()
-            found.append(
-                interpolate(nodes_of_it, *places)
-                if self.near is None
-                else interpolate_at(nodes_of_it, *places)[:, None]
-            )
-        return torch.stack(found)
+        rows, columns = ((axis.flatten(1) + 0.5) / node for axis in (self.rows, self.columns))
+        if self.near is None:
+            return interpolate(table, rows, columns)
+        scene = torch.arange(len(table)).repeat_interleave(rows.shape[1])
+        return interpolate_at(table, rows.flatten(), columns.flatten(), scene).unflatten(0, (len(table), -1, 1))
 
 
 def _edges(blocks: int, node: int) -> Tensor:
