@@ -7,10 +7,11 @@ the manifest of `commit` with the SHA-256 of both.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,17 @@ class Brush:
         return self.network
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are, and it computes."""
+        return next(iter(self.network.state_dict().values())).device
+
+    def on(self, device: torch.device) -> Brush:
+        """The same brush on a device; a copy, where it is on another."""
+        if self.device == device:
+            return self
+        return replace(self, network=copy.deepcopy(self.network).to(device))
+
+    @property
     def fingerprint(self) -> str:
         """A short digest of all that decides what it paints: weights, ladder, and what it knows of its embeddings."""
         digest = hashlib.sha256()
@@ -83,12 +95,13 @@ class Brush:
         return (values - mean) / std
 
     def condition(self, maps: Mapping[float, EmbeddingMap], canvas: Grid, pitch: float) -> list[ConditionMap]:
-        """Embedding maps as the denoiser reads them on a canvas: one scene, in pixels of `pitch` µm from its corner.
+        """Embedding maps as the denoiser reads them on a canvas: one scene, in pixels of `pitch` µm from its corner; on
+        the brush's device.
 
         Raises:
             UsageError: if a pitch is missing or the dimension is another encoder's.
         """
-        found = []
+        found, device = [], self.device
         for mpp in self.pitches:
             if mpp not in maps:
                 raise UsageError(f"the brush needs embeddings at {mpp:g} µm; the reference has {sorted(maps)}")
@@ -104,9 +117,9 @@ class Brush:
             corner = (np.array(lattice.extent[:2]) - canvas.extent[:2]) / pitch
             found.append(
                 ConditionMap(
-                    torch.from_numpy(values.astype(np.float32))[None],
-                    torch.from_numpy(present.astype(np.float32))[None],
-                    torch.from_numpy(corner.astype(np.float32))[None],
+                    torch.from_numpy(values.astype(np.float32))[None].to(device),
+                    torch.from_numpy(present.astype(np.float32))[None].to(device),
+                    torch.from_numpy(corner.astype(np.float32))[None].to(device),
                     lattice.mpp / pitch,
                 )
             )

@@ -27,9 +27,8 @@ class ConditionMap:
 
     def centres(self) -> tuple[Tensor, Tensor]:
         """Rows (n, rows) and columns (n, columns) of the cells' centres, pixels."""
-        rows = self.corner[:, :1] + (torch.arange(self.values.shape[1]) + 0.5).to(self.corner) * self.cell
-        columns = self.corner[:, 1:] + (torch.arange(self.values.shape[2]) + 0.5).to(self.corner) * self.cell
-        return rows, columns
+        rows, columns = (torch.arange(size, device=self.corner.device) + 0.5 for size in self.values.shape[1:3])
+        return self.corner[:, :1] + rows * self.cell, self.corner[:, 1:] + columns * self.cell
 
     def in_cells(self, rows: Tensor, columns: Tensor, scene: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pixels as positions on the lattice, 0 at the first cell's centre: (n or 1, ...) of every scene, or each of

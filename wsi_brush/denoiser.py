@@ -190,7 +190,7 @@ class Denoiser(nn.Module):
     def sketch(self, x: Tensor, setting: Setting) -> Tensor:
         """The splat of a window: (n, 3, h, w) with h, w multiples of NODE -> (n, h / 32, w / 32, 4, c)."""
         u = self._mollified(x, lambda u: functional.gelu(self.sketch_in[0](u)))
-        return splat(self._sketch(u, setting), NODE // CELL)
+        return splat(self._sketch(u, setting).float(), NODE // CELL)
 
     def _mollified(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> Tensor:
         """`then`, which leads to twice the pitch, of A x on the lattice (n, h, w, 3)."""

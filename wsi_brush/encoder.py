@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .commit import sha256_of
 from .errors import MachineError, RefusedError, UsageError, WsiBrushError
+from .machine import find_device
 
 BUNDLED = Path(__file__).parent / "weights" / "encoder.safetensors"
 MICRO_BATCH = 32
@@ -58,7 +59,7 @@ class Encoder:
 
     def __init__(self, network: nn.Module, about: About, *, device: str = "cpu") -> None:
         self.about = about
-        self._device = _find_device(device)
+        self._device = find_device(device)
         std = getattr(network, "embedding_std", torch.ones(about.dim))
         mean = getattr(network, "embedding_mean", torch.zeros(about.dim))
         self._spread, self._centre = std.to(self._device), mean.to(self._device)
@@ -127,7 +128,7 @@ def load_encoder(name: str = "bundled", *, device: str = "cpu") -> Encoder:
         MachineError: if weights have to be fetched and cannot be, or the device is not there.
         RefusedError: if weights are damaged, pickled, or do not fit their description.
     """
-    _find_device(device)  # before minutes of downloading
+    find_device(device)  # before minutes of downloading
     if name == "bundled":
         if not BUNDLED.is_file():
             raise MachineError(f"{BUNDLED}: the bundled encoder is missing; install wsi-brush again")
@@ -292,16 +293,6 @@ def _explain(name: str, error: BaseException) -> WsiBrushError:
 
 
 # pieces -------------------------------------------------------------------------------------------
-
-
-def _find_device(device: str) -> torch.device:
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"{device!r} is no device; expected cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise MachineError(f"{device}: no CUDA device is available to PyTorch here; use cpu")
-    return found
 
 
 def _hash_state(network: nn.Module) -> str:

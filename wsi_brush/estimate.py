@@ -13,9 +13,10 @@ from .denoiser import NODE
 from .embed import TileEncoder
 from .encoder import Encoder
 from .grid import Grid
+from .machine import check_precision, find_device, wait_for
 from .paint import Painting, budget, guidance_at, stages, whole
 from .store import EmbeddingMap
-from .stream import CanvasDenoiser, Seen, side_by_side, tiles_of
+from .stream import CanvasDenoiser, Seen, side_by_side, threads_for, tiles_of
 
 
 def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
@@ -23,8 +24,16 @@ def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
 
     Raises:
         UsageError: if the brush does not paint at that pitch, or the memory is too little.
+        MachineError: if the painting's device is not there.
     """
-    ladder, halo, threads = brush.ladder.starting_at(canvas.mpp), brush.denoiser.config.halo, torch.get_num_threads()
+    ladder, halo, device = (
+        brush.ladder.starting_at(canvas.mpp),
+        brush.denoiser.config.halo,
+        find_device(painting.device),
+    )
+    check_precision(painting.precision, device)
+    brush, alone = brush.on(device), threads_for(device)
+    threads = alone or torch.get_num_threads()
     side, area = budget(painting, brush.denoiser.config)[0], whole(canvas, ladder)
     side = min(side, *area.shape)
     margin = -(-halo // NODE) * NODE
@@ -36,23 +45,29 @@ def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
         """Seconds a pixel of the grid level, and of both sweeps over one tile while every thread has one; and of a
         retouch of it."""
         denoise = CanvasDenoiser(
-            brush, _embeddings(brush, square), square, mpp=canvas.mpp, guidance=guidance, tile=side
-        )
+            brush, _embeddings(brush, square), square, mpp=canvas.mpp, guidance=guidance, tile=side,
+            precision=painting.precision,
+        )  # fmt: skip
 
         def sweeps(tile: Grid) -> None:
             denoise.sketch(state, tile)
             seen[tile] = denoise.image(state, tile, keep=guidance == 1)
+            seen[tile].image.cpu()  # as it comes back
 
         def retouch(tile: Grid) -> None:
             denoise.retouch(seen[tile].state, tile, seen[tile], tile, tile, 1.0)
+            wait_for(device)
 
         denoise.at(1.0)
         nodes = [(tile, denoise.sketch(state, tile)) for tile in denoise.tiles(state)]
         denoise.prepare(state, 1.0, lambda _: nodes)
-        list(side_by_side(sweeps, [inner] * threads))  # the first ones also warm up
+        list(side_by_side(sweeps, [inner] * threads, threads=alone))  # the first ones also warm up
         layout = _seconds(lambda: denoise.prepare(state, 1.0, lambda _: nodes)) / _pixels(square)
-        both = _seconds(lambda: list(side_by_side(sweeps, [inner] * threads)))
-        again = _seconds(lambda: list(side_by_side(retouch, [inner] * threads))) if guidance == 1 else 0.0
+        both = _seconds(lambda: list(side_by_side(sweeps, [inner] * threads, threads=alone)))
+        tiles = [inner] * threads if guidance == 1 else []
+        if alone:  # a GPU's first one is much slower
+            list(side_by_side(retouch, tiles, threads=alone))
+        again = _seconds(lambda: list(side_by_side(retouch, tiles, threads=alone)))
         return layout, both, again
 
     costs = {guidance: timed(guidance) for guidance in {1.0, painting.guidance}}
@@ -62,7 +77,7 @@ def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
             layout, both, _ = costs[guidance_at(painting, stage)]
             again = costs[1.0][2] * len(stage.retouches)
             level = area.level(stage.level)
-            tiles = tiles_of(level.shape, side)
+            tiles = tiles_of(level.shape, side, threads=alone)
             margin = halo + brush.denoiser.config.retouch_halo * len(stage.retouches)
             windows = sum(_pixels(tile.pad(margin).clip(Grid(1.0, 0, 0, *level.shape))) for tile in tiles)
             share = 1 / min(len(tiles), threads)

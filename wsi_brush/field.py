@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class NoiseField:
     seed: int
     channels: int = 3
 
-    def read(self, grid: Grid, *, stream: int = 0, device: str = "cpu") -> Tensor:
+    def read(self, grid: Grid, *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
         """The noise at the grid's pixels, (channels, height, width), float32.
 
         `stream` separates the uses of one seed: the start, the details of each level, a step.
@@ -41,12 +42,14 @@ class NoiseField:
         columns = torch.arange(grid.left, grid.right, dtype=torch.int64, device=device)
         planes = []
         for channel in range(self.channels):
-            key = _mix(_mix(_mix(torch.tensor(self.seed, device=device)) + stream) + channel)
+            key = int(_mix(_mix(_mix(torch.tensor(self.seed)) + stream) + channel))  # here: no device is waited for
             bits = _mix(_mix(key + rows * _ODD_ROW)[:, None] + columns * _ODD_COLUMN)
             planes.append(_normal(bits))
         return torch.stack(planes)
 
-    def read_mollified(self, grid: Grid, *, width: float, stream: int = 0, device: str = "cpu") -> Tensor:
+    def read_mollified(
+        self, grid: Grid, *, width: float, stream: int = 0, device: torch.device | str = "cpu"
+    ) -> Tensor:  # fmt: skip
         """A ξ at the grid's pixels, (channels, height, width): stationary up to the border.
 
         `width` is the standard deviation of A in pixels.
@@ -64,10 +67,16 @@ def mollifier_radius(width: float) -> int:
 
 def mollifier(width: float, *, device: torch.device | str = "cpu") -> Tensor:
     """The one-dimensional weights of A, a truncated Gaussian of standard deviation `width` pixels; their sum is 1."""
+    return torch.tensor(_taps(width), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=16)
+def _taps(width: float) -> tuple[float, ...]:
+    """As numbers: read from a GPU at every tile they would be waited for."""
     radius = mollifier_radius(width)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     taps = torch.exp(-0.5 * (offsets / width) ** 2) if width > 0 else torch.ones(1, dtype=torch.float64)
-    return (taps / taps.sum()).to(torch.float32).to(device)
+    return tuple((taps / taps.sum()).to(torch.float32).tolist())
 
 
 def mollify(image: Tensor, width: float) -> Tensor:
@@ -78,17 +87,18 @@ def mollify(image: Tensor, width: float) -> Tensor:
     radius = mollifier_radius(width)
     if radius == 0:
         return image
-    taps = mollifier(width, device=image.device)
+    taps = _taps(width)
+    whole = sum(taps)
     for axis in (2, 3):
         pads = (0, 0, radius, radius) if axis == 2 else (radius, radius)
         length = image.shape[axis]
         padded = functional.pad(image, pads)
         total = torch.zeros_like(image)
-        for offset, tap in enumerate(taps.tolist()):
+        for offset, tap in enumerate(taps):
             total.add_(padded.narrow(axis, offset, length), alpha=tap)
         here = functional.pad(torch.ones(length, dtype=torch.float64, device=image.device), (radius, radius))
-        mass = sum(tap.double() * here[offset : offset + length] for offset, tap in enumerate(taps))
-        scale = torch.as_tensor(taps.double().sum() / mass).to(image.dtype)
+        mass = sum(tap * here[offset : offset + length] for offset, tap in enumerate(taps))
+        scale = torch.as_tensor(whole / mass).to(image.dtype)
         image = total * (scale[:, None] if axis == 2 else scale)
     return image
 

@@ -1,4 +1,4 @@
-"""What the machine lends: memory that is kept, memory that was used, and Ctrl-C at a good moment."""
+"""What the machine lends: a device that computes, memory that is kept or was used, Ctrl-C at a good moment."""
 
 from __future__ import annotations
 
@@ -7,10 +7,106 @@ import resource
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Literal, get_args
+
+from .errors import MachineError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["float32", "bfloat16"]
+"""Of products: float32 as it is said, or bfloat16 with sums in float32."""
+
+
+def find_device(name: str) -> torch.device:
+    """The device that computes; where it is a GPU, float32 means float32 on it from then on, for the whole process.
+
+    PyTorch gives convolutions on GPUs 10 bits of mantissa (TF32) by default; it is one switch for all threads.
+
+    Raises:
+        UsageError: if the name is not cpu, cuda or cuda:N.
+        MachineError: if it is not there.
+    """
+    import torch
+
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UsageError(f"{name!r} is no device; expected cpu, cuda or cuda:N")
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MachineError(f"{name}: no CUDA device is available to PyTorch here; use cpu")
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if index >= (count := torch.cuda.device_count()):
+        raise MachineError(f"{name}: the CUDA devices here are numbered from 0 to {count - 1}; use one of them")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a newer way to say it, which releases before 2.9 do not know
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", index)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Whether a device has that arithmetic.
+
+    Raises:
+        UsageError: if the name is neither float32 nor bfloat16.
+        MachineError: if the device has no bfloat16.
+    """
+    import torch
+
+    if precision not in get_args(Precision):
+        raise UsageError(f"{precision!r} is no precision; expected {' or '.join(get_args(Precision))}")
+    if precision == "float32":
+        return
+    if device.type == "cuda":
+        there = torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
+    else:
+        facts = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        there = any(facts.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    if not there:
+        raise MachineError(f"{device}: computes no bfloat16; use float32")
+
+
+def products(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """In this thread matrix products and convolutions on the device are of that precision, sums and norms float32."""
+    import torch
+
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+@contextmanager
+def full_device_said(name: str, advice: str) -> Iterator[None]:
+    """A GPU without memory for what is asked of it becomes one line.
+
+    Raises:
+        MachineError: then.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        line = str(error).splitlines()[0].split(". ")[0]
+        raise MachineError(f"{name}: {line}; {advice}, or use cpu") from None
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given; a CPU has."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def keep_memory(largest: int | None = None) -> None:

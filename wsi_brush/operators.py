@@ -262,7 +262,7 @@ def by_bands(work: Callable[..., Tensor], rows: int, *lattices: Tensor, halo: in
 
 
 def _banded(u: Tensor) -> bool:
-    return not torch.is_grad_enabled() and u.device.type == "cpu"
+    return not torch.is_grad_enabled() and u.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def _spread(signal: Tensor, cells: Cells | None) -> Tensor:

@@ -23,15 +23,16 @@ from torch.nn import functional
 
 from .baselines import System
 from .brush import Brush
-from .denoiser import DenoiserConfig
+from .denoiser import NODE, DenoiserConfig
 from .diffusion import Ladder, Move, Solver, finer, moves, ramped
-from .errors import MachineError, UsageError
+from .errors import UsageError
 from .field import NoiseField
 from .grid import Grid
+from .machine import Precision, check_precision, find_device, full_device_said
 from .progress import Tell, Told
-from .scratch import Plane, Work, new_plane
+from .scratch import CHUNK, Plane, Work, check_room, new_plane
 from .store import EmbeddingMap
-from .stream import TILE, CanvasDenoiser, read_plane, side_by_side, tiles_of
+from .stream import TILE, CanvasDenoiser, on_host, read_plane, side_by_side, threads_for, tiles_of
 
 SAVE_EVERY = 60.0
 """Seconds between two generations on disk of a state that is in memory."""
@@ -41,6 +42,7 @@ _RETOUCHES = 3  # at most, one after another
 _PIXEL = 12  # bytes of one pixel of a plane
 _BASE = 1_200_000_000  # bytes of a process that has torch, brush, encoder and the slide's libraries loaded
 _WINDOWS = 240, 300  # bytes that the operator takes for a pixel of its window, measured from 640 to 1280 pixels a side
+_CARRIED = 160  # of a pixel of a window that a GPU is given: it, what was before, and results of three tiles, twice
 _SCARCE = 3 * 10**9  # bytes; of less, large activations go back to the system at once, which takes a fifth more time
 
 
@@ -49,8 +51,8 @@ class Painting:
     """What is to be painted, and how.
 
     `region`: (top, left, height, width) in level-0 pixels of the reference; else the `size` x `size` pixels at
-    `mpp` with the most tissue. `guidance` is for high noise. `memory`: bytes that all of it may take; a
-    state that does not fit is on disk.
+    `mpp` with the most tissue. `guidance` is for high noise. `memory`: bytes of the host that all of it may take; a
+    state that does not fit is on disk. `device`: cpu, cuda or cuda:N; `precision`: of products there, grid level apart.
     """
 
     size: int = 4096
@@ -63,6 +65,8 @@ class Painting:
     tile: int = TILE
     progressive: bool = True
     memory: int = 4 * 10**9
+    device: str = "cpu"
+    precision: Precision = "float32"
 
 
 class Hands(Protocol):
@@ -172,7 +176,13 @@ def budget(painting: Painting, config: DenoiserConfig) -> tuple[int, int]:
     """
     sides = [side for side in (1024, 768, 512, 256, 128) if side <= painting.tile] or [painting.tile]
     window = _WINDOWS[kept(painting.memory) is None]
-    needs = [_BASE + torch.get_num_threads() * window * (side + 2 * reach(config)) ** 2 for side in sides]
+    if not painting.device.startswith("cpu"):  # the operator takes the GPU's memory; as large as they are asked for
+        sides, window = (
+            [painting.tile, *(painting.tile // k for k in (2, 4) if painting.tile % (k * NODE) == 0)],
+            _CARRIED,
+        )
+    threads = threads_for(torch.device(painting.device)) or torch.get_num_threads()
+    needs = [_BASE + threads * window * (side + 2 * reach(config)) ** 2 for side in sides]
     for side, need in zip(sides, needs, strict=True):
         if need <= painting.memory:
             return side, painting.memory - need
@@ -183,11 +193,13 @@ def budget(painting: Painting, config: DenoiserConfig) -> tuple[int, int]:
 
 
 def check_rival(rival: System, canvas: Grid, painting: Painting) -> None:
-    """Whether the canvas of one of `baselines` fits the memory that the painting may take.
+    """Whether the canvas of one of `baselines` fits the memory that the painting may take, which is the device's too.
 
     Raises:
-        UsageError: if not.
+        UsageError: if not, or it is to be painted in bfloat16.
     """
+    if painting.precision != "float32":
+        raise UsageError(f"{rival.name} paints in float32; leave out --precision {painting.precision}")
     need = _BASE + rival.bytes_for(canvas)
     if need > painting.memory:
         raise UsageError(
@@ -205,12 +217,12 @@ def _by_rival(
         if tell is not None:
             tell(f"{what} with {rival.name} (interrupted, it begins anew)", done, total)
 
-    with torch.no_grad():
+    with torch.no_grad(), full_device_said(painting.device, "paint less"):
         image = rival.paint(
             brush.condition(maps, canvas, canvas.mpp), canvas, brush.ladder.starting_at(canvas.mpp),
             seed=painting.seed, steps=painting.steps, guidance=painting.guidance, tell=told,
         )  # fmt: skip
-    return np.asarray(image.cpu().numpy(), np.float32)
+        return on_host(image)
 
 
 def paint_canvas(
@@ -225,9 +237,12 @@ def paint_canvas(
 
     Raises:
         UsageError: if the brush does not paint at that pitch, or the memory is too little.
-        MachineError: if the disk has no room for the state.
+        MachineError: if the disk has no room for the state, or the device is not there or has no memory for a tile.
         RefusedError: if a generation is damaged.
     """
+    device = find_device(painting.device)
+    check_precision(painting.precision, device)
+    brush = brush.on(device)
     if brush.rival is not None:
         return _by_rival(brush.rival, brush, maps, canvas, painting, tell)
     ladder = brush.ladder.starting_at(canvas.mpp)
@@ -238,7 +253,7 @@ def paint_canvas(
     on_disk = work is not None and (hands is not None or state_bytes(canvas, ladder) > room)
     done, planes = (work.newest() if work is not None else None) or (0, {})
     if work is not None and on_disk:
-        _check_room(work.folder, state_bytes(canvas, ladder))
+        check_room(work.folder, state_bytes(canvas, ladder))
     else:
         planes = {name: read_plane(plane, Grid(1.0, 0, 0, *plane.shape[1:])).numpy() for name, plane in planes.items()}
     total = evaluated_pixels(ladder, canvas, painting)
@@ -275,7 +290,9 @@ class Run:
         self, brush: Brush, maps: Mapping[float, EmbeddingMap], area: Grid, painting: Painting,
         grid_folder: Path | None, *, owner: bool = True,
     ) -> None:  # fmt: skip
-        self._brush, self._maps, self._area, self._painting = brush, maps, area, painting
+        self._device = find_device(painting.device)
+        check_precision(painting.precision, self._device)
+        self._brush, self._maps, self._area, self._painting = brush.on(self._device), maps, area, painting
         ladder = brush.ladder.starting_at(area.mpp)
         self._details, self._top = ladder.details, len(ladder.pitches) - 1 if painting.progressive else 0
         self._grid_folder, self._owner = grid_folder, owner
@@ -291,7 +308,22 @@ class Run:
         shape = self._area.level(stage.level).shape
         names = ("x", "image") if keep else ("x",)
         found = {name: new_plane((3, *shape), folder, name, axes=(1, 2)) for name in names}
-        tiles = tiles_of(shape, self._painting.tile)
+        while self._painting.tile % (2 * CHUNK) == 0 and hands is None:
+            try:
+                self._do(stage, planes, found, folder, number, hands)
+                return found
+            except torch.OutOfMemoryError:  # of the device; half the tile takes a quarter
+                self._painting, self._denoise = replace(self._painting, tile=self._painting.tile // 2), None
+            torch.cuda.empty_cache()
+        with full_device_said(self._painting.device, f"tiles of {self._painting.tile} pixels are too large for it"):
+            self._do(stage, planes, found, folder, number, hands)
+        return found
+
+    def _do(
+        self, stage: Stage, planes: Mapping[str, Plane], found: Mapping[str, Plane], folder: Path | None, number: int,
+        hands: Hands | None,
+    ) -> None:  # fmt: skip
+        tiles = tiles_of(found["x"].shape, self._painting.tile, threads=threads_for(self._device))
         denoiser = self.denoiser(stage) if stage.move is not None else None
         if denoiser is not None:
             denoiser.prepare(planes["x"], stage.sigma, partial(hands.sketch, number) if hands is not None else None)
@@ -302,12 +334,12 @@ class Run:
         for tile in done:
             if stage.move is not None:
                 self.count(_pixels(tile))
-        return found
 
     def _here(
         self, stage: Stage, planes: Mapping[str, Plane], found: Mapping[str, Plane], tiles: list[Grid]
     ) -> Iterator[Grid]:
-        for tile, values in side_by_side(partial(self.tile_after, stage, planes), tiles):
+        work = partial(self.tile_after, stage, planes)
+        for tile, values in side_by_side(work, tiles, threads=threads_for(self._device)):
             write_tile(found, tile, values)
             yield tile
 
@@ -319,7 +351,7 @@ class Run:
         halo, count = self._brush.denoiser.config.retouch_halo, len(stage.retouches)
         windows = [tile.pad(halo * left).clip(canvas) for left in range(count, -1, -1)]
         seen = denoiser.image(planes["x"], windows[0], keep=count > 0)
-        before = read_plane(planes["image"], windows[0]) if stage.move.old else None
+        before = read_plane(planes["image"], windows[0], self._device) if stage.move.old else None
         x = stage.move.of(seen.state, seen.image, before, self._fresh(stage, stage.move, windows[0]))
         image = seen.plain if stage.plain else seen.image
         for move, (window, inner) in zip(stage.retouches, pairwise(windows), strict=True):
@@ -335,14 +367,15 @@ class Run:
         """White noise in a window counted from the canvas's corner."""
         grid = self._area.level(stage.level)
         place = Grid(grid.mpp, grid.top + window.top, grid.left + window.left, *window.shape)
-        return self._field.read(place, stream=stream)
+        return self._field.read(place, stream=stream, device=self._device)
 
     def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid) -> dict[str, Tensor]:
         """Noise where nothing is yet, else the coarser state and its last evaluation made finer."""
         if stage.level == self._top:
             return {"x": stage.sigma * self._noise(stage, tile)}
         below = tile.level(1)
-        coarse, image = read_plane(planes["x"], below), ramped(_with_neighbours(planes["image"], below))
+        coarse = read_plane(planes["x"], below, self._device)
+        image = ramped(_with_neighbours(planes["image"], below, self._device))
         noise = self._noise(stage, tile, stream=1 + stage.level)
         return {"x": finer(coarse, stage.sigma, self._details[stage.level], noise, image), "image": image}
 
@@ -355,13 +388,13 @@ class Run:
             self._denoise = None  # before another is made: each holds the embeddings of the canvas
             made = CanvasDenoiser(
                 self._brush, self._maps, self._area, mpp=stage.mpp, guidance=key[1], tile=self._painting.tile,
-                folder=self._grid_folder,
+                folder=self._grid_folder, precision=self._painting.precision,
             )  # fmt: skip
             self._denoise = key, made
         return self._denoise[1]
 
 
-def _with_neighbours(plane: Plane, tile: Grid) -> Tensor:
+def _with_neighbours(plane: Plane, tile: Grid, device: torch.device) -> Tensor:
     """A tile and one pixel around it; beyond the canvas its edge goes on."""
     around = tile.pad(1)
     inside = around.clip(Grid(tile.mpp, 0, 0, *plane.shape[1:]))
@@ -371,29 +404,14 @@ def _with_neighbours(plane: Plane, tile: Grid) -> Tensor:
         inside.top - around.top,
         around.bottom - inside.bottom,
     )
-    return functional.pad(read_plane(plane, inside)[None], beyond, mode="replicate")[0]
+    return functional.pad(read_plane(plane, inside, device)[None], beyond, mode="replicate")[0]
 
 
 def write_tile(planes: Mapping[str, Plane], tile: Grid, values: Mapping[str, Tensor]) -> None:
     """Write what is kept of a tile."""
     for name, plane in planes.items():
-        plane[:, tile.top : tile.bottom, tile.left : tile.right] = values[name].numpy()
+        plane[:, tile.top : tile.bottom, tile.left : tile.right] = on_host(values[name])
 
 
 def _pixels(grid: Grid) -> int:
     return grid.height * grid.width
-
-
-def _check_room(folder: Path, need: int) -> None:
-    """Whether the disk holds a state of so many bytes, besides what a run before left there.
-
-    Raises:
-        MachineError: if not.
-    """
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free + there
-    if free < need:
-        raise MachineError(
-            f"{folder.parent}: {free / 1e9:.1f} GB free, the state needs {need / 1e9:.1f} GB; free some space, paint "
-            "less, or give more --max-memory"
-        )

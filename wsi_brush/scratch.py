@@ -192,6 +192,21 @@ def hold(folder: Path, what: Path) -> int:
         os.close(lock)  # whoever had it has removed the folder meanwhile
 
 
+def check_room(folder: Path, need: int) -> None:
+    """Whether the disk holds a state of so many bytes, besides what a run before left there.
+
+    Raises:
+        MachineError: if not.
+    """
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free + there
+    if free < need:
+        raise MachineError(
+            f"{folder.parent}: {free / 1e9:.1f} GB free, the state needs {need / 1e9:.1f} GB; free some space, paint "
+            "less, or give more --max-memory"
+        )
+
+
 def _sizes(folder: Path) -> dict[str, int]:
     """The files in a folder, and their bytes."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}

@@ -5,6 +5,9 @@ for the sums of its self-attention and once for features and global tokens; swee
 between them is one vector for every 32 x 32 pixels. Windows are grown by the operator's reach and cut at the canvas, so
 that a pixel is computed from the same numbers in the same order whatever the tile: results are the same bits for every
 tile size, order and number of threads.
+
+What is kept is the host's. The brush computes where its weights are: on a GPU a tile's window goes there, and what
+comes of it back; in between nobody waits for it, so that one thread reads windows while another writes results.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from .denoiser import NODE, Around, TokenParts, node_mass
 from .diffusion import coefficients
 from .errors import RefusedError
 from .grid import Grid
+from .machine import Precision, products
 from .scratch import CHUNK, Plane, new_plane, open_plane
 from .splat import nodes
 from .store import EmbeddingMap
@@ -64,16 +68,17 @@ class CanvasDenoiser:
     canvas: the place to be painted, at the finest pitch; mpp: the pitch of x; h and w are multiples of NODE.
     With `guidance` g other than 1 the operator is asked with and without the condition, and the difference is
     stretched g times (classifier-free guidance, Ho and Salimans 2022). `folder`: where the grid level is kept, else in
-    memory.
+    memory. It computes where the brush is; `precision` is that of the tiles, the grid level's products are float32.
     """
 
     def __init__(
         self, brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, *, mpp: float, guidance: float = 1.5,
-        tile: int = TILE, folder: Path | None = None,
+        tile: int = TILE, folder: Path | None = None, precision: Precision = "float32",
     ) -> None:  # fmt: skip
         if tile < NODE or tile % NODE:
             raise ValueError(f"tiles are multiples of {NODE} pixels, not {tile}")
         self._net, self._guidance, self._tile, self._folder = brush.denoiser, guidance, tile, folder
+        self._device, self._precision = brush.device, precision
         condition = brush.condition(maps, canvas, mpp)
         known = (True,) if guidance == 1 else (True, False)
         self._asked = [_Asked(brush, condition, mpp, known=k, folder=folder and folder / f"grid-{k}") for k in known]
@@ -98,8 +103,10 @@ class CanvasDenoiser:
             self._nodes = new_plane(
                 (*size, 2 * self._net.config.width), self._folder, "nodes", axes=(0, 1), chunk=STRIP
             )
-        for tile, found in sweep(tiles) if sweep else side_by_side(partial(self.sketch, x), tiles):
-            self._nodes[_own_nodes(tile, canvas)] = found
+        done: Iterable[tuple[Grid, NDArray[np.float32] | Tensor]]
+        done = sweep(tiles) if sweep else side_by_side(partial(self._sketch, x), tiles, threads=self.threads)
+        for tile, found in done:
+            self._nodes[_own_nodes(tile, canvas)] = found if isinstance(found, np.ndarray) else on_host(found)
         for asked in self._asked:
             asked.lay_out(self._nodes)
 
@@ -109,26 +116,32 @@ class CanvasDenoiser:
         for asked in self._asked:
             asked.at(sigma)
 
-    @torch.inference_mode()
     def sketch(self, x: Plane, tile: Grid) -> NDArray[np.float32]:
         """Sweep A at one tile: its nodes (rows, columns, c), complete, from the blocks around each."""
+        return on_host(self._sketch(x, tile))
+
+    @torch.inference_mode()
+    def _sketch(self, x: Plane, tile: Grid) -> Tensor:
         canvas = _canvas(x)
         around = Grid(tile.mpp, tile.top - NODE, tile.left - NODE, tile.height + NODE, tile.width + NODE)
         inner = around.clip(canvas)
         window = inner.pad(self._net.config.sketch_halo).clip(canvas)
-        blocks = self._net.sketch(read_plane(x, window)[None] * self._into, self._asked[0].setting)
+        state = read_plane(x, window, self._device)
+        with products(self._precision, self._device):
+            blocks = self._net.sketch(state[None] * self._into, self._asked[0].setting)
         found = nodes(blocks[:, *_in_blocks(inner.within(window))])[0]
         rows, columns = _own_nodes(tile, canvas)
         first, second = inner.top // NODE, inner.left // NODE
-        return found[rows.start - first : rows.stop - first, columns.start - second : columns.stop - second].numpy()
+        return found[rows.start - first : rows.stop - first, columns.start - second : columns.stop - second]
 
     def save_memory(self, path: Path) -> None:
         """What `image` needs besides the features in `folder`, for another process's `load_memory`."""
-        save_file({f"{k}.{i}": t for k, asked in enumerate(self._asked) for i, t in enumerate(asked.memory)}, path)
+        kept = {f"{k}.{i}": t.cpu() for k, asked in enumerate(self._asked) for i, t in enumerate(asked.memory)}
+        save_file(kept, path)
 
     def load_memory(self, path: Path) -> None:
         """The grid level of another process, whose `folder` is the same."""
-        kept = load_file(path)
+        kept = load_file(path, device=str(self._device))
         for k, asked in enumerate(self._asked):
             asked.memory = [kept[f"{k}.{index}"] for index in range(len(kept) // len(self._asked))]
             asked.open_features()
@@ -138,14 +151,17 @@ class CanvasDenoiser:
         """Sweep B at one tile, counted from the canvas's corner; `keep` what `retouch` needs."""
         window = tile.pad(self._net.config.halo).clip(_canvas(x))
         rows, columns = tile.within(window)
-        around = read_plane(x, window)
+        around = read_plane(x, window, self._device)
         state = around[:, rows, columns]
-        fine, mid, deep = self._net.descend(around[None] * self._into, self._asked[0].setting)
-        risen = [asked.rise(mid, deep, window, tile) for asked in self._asked]
-        kept = self._net.keep(mid, risen[0], _around(tile, window)) if keep else None
-        del mid, deep  # the peak is what comes next
+        grids = [asked.features(window) for asked in self._asked]  # before the device has work
+        sides, setting = _around(tile, window), self._asked[0].setting
+        with products(self._precision, self._device):
+            fine, mid, deep = self._net.descend(around[None] * self._into, setting)
+            risen = [a.rise(mid, deep, grid, window, tile) for a, grid in zip(self._asked, grids, strict=True)]
+            kept = self._net.keep(mid, risen[0], sides) if keep else None
+            del mid, deep  # the peak is what comes next
+            said = [self._net.finish(fine, one, setting, around=sides)[0].float() for one in risen]
         skip, out, _ = _coefficients(self._sigma)
-        said = [self._net.finish(fine, one, self._asked[0].setting, around=_around(tile, window))[0] for one in risen]
         image = plain = skip * state + out * said[0]
         if len(said) > 1:
             image = skip * state + out * torch.lerp(said[1], said[0], self._guidance)
@@ -159,23 +175,29 @@ class CanvasDenoiser:
         reach = self._net.config.reaches[0]
         rows, columns = tile.pad(reach).clip(canvas).within(seen.tile.pad(reach).clip(canvas))
         kept = seen.kept[:, rows.start // 4 : rows.stop // 4, columns.start // 4 : columns.stop // 4]
-        setting = self._net.at(self._asked[0].setting, torch.full((1,), sigma))
+        setting = self._net.at(self._asked[0].setting, torch.full((1,), sigma, device=self._device))
         skip, out, into = _coefficients(sigma)
-        said = self._net.retouch(x[None] * into, setting, kept, around=_around(tile, window))[0]
+        with products(self._precision, self._device):
+            said = self._net.retouch(x[None] * into, setting, kept, around=_around(tile, window))[0].float()
         rows, columns = tile.within(window)
         return skip * x[:, rows, columns] + out * said
 
     def tiles(self, x: Plane) -> list[Grid]:
         """The tiles of a canvas of x's size."""
-        return tiles_of(x.shape, self._tile)
+        return tiles_of(x.shape, self._tile, threads=self.threads)
+
+    @property
+    def threads(self) -> int | None:
+        """How many give it tiles: those of torch (None), or of a GPU one."""
+        return threads_for(self._device)
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """The whole image in a state that is in memory."""
         plane, image = x.numpy(), torch.empty_like(x)
         self.prepare(plane, sigma)
-        for tile, seen in side_by_side(partial(self.image, plane), self.tiles(plane)):
+        for tile, seen in side_by_side(partial(self.image, plane), self.tiles(plane), threads=self.threads):
             rows, columns = tile.within(_canvas(plane))
-            image[:, rows, columns] = seen.image
+            image[:, rows, columns] = seen.image.cpu()
         return image
 
 
@@ -185,13 +207,12 @@ class _Asked:
     def __init__(
         self, brush: Brush, condition: list[ConditionMap], mpp: float, *, known: bool, folder: Path | None
     ) -> None:
-        self._net, self._folder = brush.denoiser, folder
+        self._net, self._folder, self._device = brush.denoiser, folder, brush.device
         self._grid: Plane | None = None
         with torch.inference_mode(), _alone():
-            origin = torch.zeros(1, 2, dtype=torch.float64)
-            setting = self._net.setting(
-                torch.ones(1), mpp, condition, origin=origin, known=torch.tensor([float(known)])
-            )
+            origin = torch.zeros(1, 2, dtype=torch.float64, device=self._device)
+            one = torch.ones(1, device=self._device)
+            setting = self._net.setting(one, mpp, condition, origin=origin, known=one * known)
             self._layout_memory = self._net.layout_cross.remember(setting.memory)
             self._paint_memory = self._net.condition_memory(setting)
         # embeddings and tokens, which grow with the canvas, have had their say
@@ -202,7 +223,7 @@ class _Asked:
     @torch.inference_mode()
     def at(self, sigma: float) -> None:
         with _alone():
-            self.setting = self._net.at(self.setting, torch.full((1,), sigma))
+            self.setting = self._net.at(self.setting, torch.full((1,), sigma, device=self._device))
 
     def open_features(self) -> None:
         assert self._folder is not None
@@ -220,9 +241,9 @@ class _Asked:
     def _lay_out(self, nodes: Plane, grid: Plane) -> None:
         net, rows, columns = self._net, nodes.shape[0], nodes.shape[1]
         near, far = net.layout_halo
-        mass = node_mass(1, rows - 1, columns - 1)
+        mass = node_mass(1, rows - 1, columns - 1).to(self._device)
         weights = mass[..., 0] / mass.max().clamp_min(1e-6)
-        sums = torch.zeros((), dtype=torch.float64)
+        sums = torch.zeros((), dtype=torch.float64, device=self._device)
         for strip, window in _strips(rows, near):
             u, place = self._near(nodes, mass, window)
             inside = slice(strip.start - window.start, strip.stop - window.start)
@@ -233,41 +254,55 @@ class _Asked:
             u = net.layout_far(u, place, sums.float(), self._layout_memory, self.setting)
             u = u[:, strip.start - window.start : strip.stop - window.start]
             parts.append(net.token_parts(u))
-            grid[strip] = u[0].numpy()
+            grid[strip] = on_host(u[0])
         self.memory = [*self._paint_memory, net.token_memory(TokenParts.joined(parts))]
 
     def _near(self, nodes: Plane, mass: Tensor, window: slice) -> tuple[Tensor, Tensor]:
-        total = _read(nodes, window)[None]
+        total = _read(nodes, window, self._device)[None]
         return self._net.layout_near(total, mass[:, window], self.setting, row=window.start)
 
-    def rise(self, mid: Tensor, deep: Tensor, window: Grid, tile: Grid) -> Tensor:
-        """The way up in a tile, to 4 pixels, from the features of a window that its halo surrounds."""
+    def features(self, window: Grid) -> Tensor:
+        """What the grid level says around a window: (1, rows, columns, c)."""
         assert self._grid is not None
         top, left = window.top // NODE, window.left // NODE
         bottom, right = -(-window.bottom // NODE) + 1, -(-window.right // NODE) + 1
-        grid = _read(self._grid, (slice(top, bottom), slice(left, right)))[None]
-        corner = (torch.tensor([float(window.top)]), torch.tensor([float(window.left)]))
+        return _read(self._grid, (slice(top, bottom), slice(left, right)), self._device)[None]
+
+    def rise(self, mid: Tensor, deep: Tensor, grid: Tensor, window: Grid, tile: Grid) -> Tensor:
+        """The way up in a tile, to 4 pixels, from the features of a window that its halo surrounds."""
+        corner = (torch.tensor([float(window.top)]), torch.tensor([float(window.left)]))  # read as numbers: no device's
+        node = window.top // NODE, window.left // NODE
         return self._net.rise(
-            mid, deep, self.setting, grid, self.memory, corner=corner, node=(top, left), around=_around(tile, window)
+            mid, deep, self.setting, grid, self.memory, corner=corner, node=node, around=_around(tile, window)
         )
 
 
-def read_plane(plane: Plane, window: Grid) -> Tensor:
-    """A window, counted from the corner, of a plane (c, rows, columns).
+def read_plane(plane: Plane, window: Grid, device: torch.device | str = "cpu") -> Tensor:
+    """A window, counted from the corner, of a plane (c, rows, columns), on a device.
 
     Raises:
         RefusedError: if its chunks on disk are damaged.
     """
-    return _read(plane, (slice(None), slice(window.top, window.bottom), slice(window.left, window.right)))
+    return _read(plane, (slice(None), slice(window.top, window.bottom), slice(window.left, window.right)), device)
 
 
-def _read(plane: Plane, window: slice | tuple[slice, ...]) -> Tensor:
+def _read(plane: Plane, window: slice | tuple[slice, ...], device: torch.device | str) -> Tensor:
     try:
         values = plane[window]
     except ValueError as error:
         where = getattr(plane, "store_path", "the state")
         raise RefusedError(f"{where}: damaged ({error}); remove the work folder to begin anew") from None
-    return torch.from_numpy(np.ascontiguousarray(values))
+    return _to(device, torch.from_numpy(np.ascontiguousarray(values)))
+
+
+def _to(device: torch.device | str, values: Tensor) -> Tensor:
+    """Values on a device; from page-locked memory, else it would first do all that it was given before."""
+    return values if torch.device(device).type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def on_host(values: Tensor) -> NDArray[np.float32]:
+    """Values as an array, once they are there."""
+    return np.asarray(values.cpu().numpy(), np.float32)
 
 
 def _around(tile: Grid, window: Grid) -> Around:
@@ -290,26 +325,33 @@ def _strips(rows: int, halo: int) -> Iterator[tuple[slice, slice]]:
         yield slice(top, bottom), slice(max(0, top - halo), min(rows, bottom + halo))
 
 
-def tiles_of(shape: tuple[int, ...], side: int) -> list[Grid]:
+def threads_for(device: torch.device) -> int | None:
+    """How many threads give tiles to a device: one to a GPU, which a tile fills; None: as many as torch has."""
+    return None if device.type == "cpu" else 1
+
+
+def tiles_of(shape: tuple[int, ...], side: int, *, threads: int | None = None) -> list[Grid]:
     """The tiles of a canvas (..., rows, columns), counted from its corner; halved where a thread would have none.
 
     To be asked before `side_by_side`, under which there is one thread. Whole chunks of a plane stay whole chunks.
     """
     canvas = Grid(1.0, 0, 0, *shape[-2:])
-    while len(tiles := list(canvas.tiles(side))) < torch.get_num_threads() and side % (2 * CHUNK) == 0:
+    while len(tiles := list(canvas.tiles(side))) < (threads or torch.get_num_threads()) and side % (2 * CHUNK) == 0:
         side //= 2
     return tiles
 
 
-def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-    """`work` on every item, in order, by as many threads as torch has, each alone with its item.
+def side_by_side(
+    work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None
+) -> Iterator[tuple[Item, Result]]:
+    """`work` on every item, in order, by so many threads, by default as torch has, each alone with its item.
 
     Two threads with a tile each do 1.6 times the work of two threads inside every operator: they never wait for each
     other. It also keeps the order of every addition, which a matrix product shared by threads does not.
     """
-    count = torch.get_num_threads()
+    count = threads or torch.get_num_threads()
     with _alone():
-        if count == 1:
+        if count == 1 and threads is None:
             yield from ((item, work(item)) for item in items)
             return
         waiting: deque[tuple[Item, Future[Result]]] = deque()

@@ -25,7 +25,7 @@ from .embed import COVER, embed_region, slide_fingerprint
 from .encoder import Encoder
 from .errors import MachineError, RefusedError, UsageError
 from .grid import Grid
-from .machine import undisturbed
+from .machine import check_precision, find_device, undisturbed
 from .paint import Painting, budget, check_rival, paint_canvas, whole
 from .progress import Tell
 from .pyramid import SHARD, Pyramid
@@ -134,6 +134,7 @@ def synthesize_slide(
     """
     start = time.monotonic()
     target = Path(target)
+    check_precision(painting.precision, find_device(painting.device))
     ladder = brush.ladder.starting_at(painting.mpp)
     if brush.about["fingerprint"] != encoder.fingerprint:
         raise UsageError(
@@ -210,7 +211,9 @@ def _parameters(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, en
 def _sampling(painting: Painting, brush: Brush) -> dict[str, Any]:
     """How noise became an image; a rival has a sampler of its own."""
     rival = brush.rival
+    own: dict[str, Any]
     own = {"solver": painting.solver, "progressive": painting.progressive} if rival is None else {"system": rival.name}
+    own |= {"device": find_device(painting.device).type, "precision": painting.precision}  # other bits, nearly the same
     return {"seed": painting.seed, "steps": painting.steps, "guidance": painting.guidance, **own}
 
 

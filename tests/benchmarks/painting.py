@@ -1,16 +1,19 @@
 """What painting costs: against its arithmetic floor, against the finest pitch alone, against the parent's way.
 
     OMP_WAIT_POLICY=passive python tests/benchmarks/painting.py [parts] [progressive] [parent] [size] [--ref SLIDE]
+    python tests/benchmarks/painting.py device [--ref SLIDE] [--size 1024] [--tiles 1024 2048] [--device cuda]
 
 Every figure is a ratio to a rival or a floor of the same run; nothing here is a test. `parts`: one evaluation, sweep by
 sweep, over counted FLOPs at the speed of the best matrix product measured here. `progressive`: the ladder on and off,
 with what each makes of the reference's octaves and embeddings. `parent`: the same network evaluated in one piece with
 DDIM-50 at full resolution, 2048 x 2048 (10 steps are timed). `size`: seconds a pixel and peak memory from 2048 to
-16384 pixels a side (or --sides) under --max-memory 2GB, one step of a part.
+16384 pixels a side (or --sides) under --max-memory 2GB, one step of a part. `device` (only where it is named): the same
+painting by the CPU in float32 and by a GPU in float32 and bfloat16, with how much they differ, and what a tile costs.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -203,6 +206,158 @@ def size(sides: list[int]) -> dict[str, object]:
     }
 
 
+def device(brush: Brush, reference: Path, side: int, tiles: list[int], name: str) -> None:
+    """One reference painted by the CPU and by a device, after a short painting each that warms up; a line each."""
+    from wsi_brush.embed import embed_region
+    from wsi_brush.encoder import load_encoder
+    from wsi_brush.machine import check_precision, find_device
+    from wsi_brush.paint import evaluated_pixels, stages
+    from wsi_brush.slide import open_slide
+    from wsi_brush.synthesize import as_pixels, choose_canvas
+    from wsi_brush.tissue import find_tissue
+
+    there, slide, encoder = find_device(name), open_slide(reference), load_encoder(brush.about["encoder"])
+    painting = Painting(size=side, memory=16 * 10**9)
+    canvas = choose_canvas(slide, painting, find_tissue(slide))
+    maps = embed_region(slide, canvas, encoder=encoder, pitches=brush.pitches)
+    again = embed_region(
+        slide, canvas, encoder=load_encoder(brush.about["encoder"], device=name), pitches=brush.pitches
+    )
+    apart = [cosines(one.values, again[mpp].values) for mpp, one in maps.items()]
+    ladder = brush.ladder.starting_at(canvas.mpp)
+    steps = sum(1 + len(stage.retouches) for stage in stages(ladder, painting) if stage.move)
+    pixels = evaluated_pixels(ladder, canvas, painting)
+    said(f"{reference.name}, {side} x {side}", steps=steps, evaluated=pixels, embeddings_cosine_least=min(apart))
+    corners = list(Grid(canvas.mpp, 0, 0, side, side).tiles(encoder.tile))
+    theirs: dict[str, np.ndarray] = {}
+    runs = [("cpu", "float32", 1024), *((name, p, tile) for p in ("float32", "bfloat16") for tile in tiles)]
+    for where, precision, tile in runs:
+        one = replace(painting, device=where, precision=precision, tile=tile)
+        check_precision(precision, find_device(where))
+        paint_canvas(brush, maps, canvas, replace(one, steps=5))
+        on_gpu = where != "cpu" and there.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(there)
+        start = time.perf_counter()
+        state = np.asarray(paint_canvas(brush, maps, canvas, one))
+        taken = time.perf_counter() - start
+        image = as_pixels(torch.as_tensor(state)[:, :side, :side])
+        cut = np.stack([image[c.top : c.bottom, c.left : c.right] for c in corners if c.shape == (encoder.tile,) * 2])
+        found = {"image": image.astype(np.float64), "embeddings": brush.standardised(0.5, encoder(cut))}
+        theirs = theirs or found
+        off = np.abs(found["image"] - theirs["image"])
+        said(
+            f"{where} {precision} tile {tile}",
+            seconds=taken,
+            seconds_a_step=taken / steps,
+            us_a_pixel_evaluated=1e6 * taken / pixels,
+            off_max=off.max(),
+            off_mean=off.mean(),
+            off_rms=math.sqrt((off**2).mean()),
+            off_99th_percentile=float(np.percentile(off, 99)),
+            embeddings_cosine_mean=float(cosines(found["embeddings"], theirs["embeddings"], mean=True)),
+            gpu_gb=torch.cuda.max_memory_allocated(there) / 1e9 if on_gpu else 0.0,
+            host_peak_gb=peak_memory() / 1e9,
+        )
+    for precision in ("float32", "bfloat16"):
+        for tile in tiles:
+            one_tile(brush.on(there), precision, tile)
+    for level in (0, 1, 2):
+        neighbours(there, brush.denoiser.config.width << level, max(tiles) >> (level + 1))
+
+
+def cosines(one: np.ndarray, other: np.ndarray, *, mean: bool = False) -> float:
+    """The least, or mean, cosine between the rows of two arrays that are no row of NaN."""
+    one, other = (part.reshape(-1, part.shape[-1]).astype(np.float64) for part in (one, other))
+    there = np.isfinite(one[:, 0]) & np.isfinite(other[:, 0])
+    found = (one * other).sum(1)[there] / np.linalg.norm(one[there], axis=1) / np.linalg.norm(other[there], axis=1)
+    return float(found.mean() if mean else found.min())
+
+
+def one_tile(brush: Brush, precision: str, side: int, repeats: int = 10) -> None:
+    """What a tile costs in both sweeps, the grid level, and a trip there and back; and which kernels take the time."""
+    from wsi_brush.machine import wait_for
+    from wsi_brush.stream import on_host, read_plane
+
+    device, canvas = brush.device, Grid(0.5, 0, 0, 2 * side, 2 * side)
+    denoise = CanvasDenoiser(brush, embeddings(brush, canvas), canvas, mpp=0.5, guidance=1.0, precision=precision)
+    state = NoiseField(0).read(canvas).numpy()
+    tile = Grid(1.0, side // 2, side // 2, side, side)
+    denoise.prepare(state, 1.0)
+    (asked,) = denoise._asked
+
+    def ms(work) -> float:
+        work()
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        wait_for(device)
+        return 1e3 * (time.perf_counter() - start) / repeats
+
+    cost = {
+        "sweep_a": ms(lambda: denoise._sketch(state, tile)),
+        "sweep_b": ms(lambda: denoise.image(state, tile)),
+        "grid_level_of_four": ms(lambda: asked.lay_out(denoise._nodes)),
+        "there_and_back": ms(lambda: on_host(read_plane(state, tile, device))),
+        "noise": ms(lambda: NoiseField(0).read(tile, device=device)),
+    }
+    said(f"ms of a tile of {side}, {precision}", **cost)
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=kinds) as watched:
+        denoise.image(state, tile)
+        wait_for(device)
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = sorted(watched.key_averages(), key=lambda row: -getattr(row, key))
+    total = sum(getattr(row, key) for row in rows)
+    launched = sum(row.count for row in rows if row.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+    print(f"  sweep B: {total / 1e3:.2f} ms in kernels, {launched} launches")
+    for row in rows[:12]:
+        print(f"  {getattr(row, key) / 1e3:8.3f} ms {row.count:5d} x {row.key[:100]}")
+    sys.stdout.flush()
+
+
+def neighbours(device: torch.device, channels: int, side: int) -> None:
+    """Ways to the depthwise 3 x 3 sum of a kernel integral on features (1, side, side, channels), ms each."""
+    from torch.nn import functional
+
+    from wsi_brush.machine import wait_for
+
+    def shifted(u, kernel):
+        around, total = functional.pad(u, (0, 0, 1, 1, 1, 1)), None
+        for row in range(3):
+            for column in range(3):
+                part = around[:, row : row + side, column : column + side]
+                tap = kernel[:, 0, row, column]
+                total = part * tap if total is None else torch.addcmul(total, part, tap)
+        return total
+
+    ways = {
+        "channels_last": lambda u, k: functional.conv2d(u.permute(0, 3, 1, 2), k, padding=1, groups=channels),
+        "contiguous": lambda u, k: (
+            functional.conv2d(u.permute(0, 3, 1, 2).contiguous(), k, padding=1, groups=channels)
+            .permute(0, 2, 3, 1)
+            .contiguous()
+        ),
+        "shifted": shifted,
+    }
+    for kind in (torch.float32, torch.bfloat16):
+        u = torch.randn(1, side, side, channels, device=device, dtype=kind)
+        kernel, found = torch.randn(channels, 1, 3, 3, device=device, dtype=kind), {}
+        for name, way in ways.items():
+            with torch.inference_mode():
+                way(u, kernel)
+                wait_for(device)
+                found[name] = 1e3 * seconds(lambda way=way, u=u, kernel=kernel: (way(u, kernel), wait_for(device)), 10)
+        said(f"ms of neighbours, {channels} channels, {side} x {side}, {kind}", **found)
+
+
+def said(what: str, **figures: float) -> None:
+    print(f"{what}: {json.dumps({name: round(float(value), 4) for name, value in figures.items()})}", flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--alone"]:
         keep_memory(None if sys.argv[2] == "parent" else kept(int(float(sys.argv[5]) * 1e9)))
@@ -213,6 +368,9 @@ if __name__ == "__main__":
         parser.add_argument("what", nargs="*")
         parser.add_argument("--ref", type=Path, default=Path(__file__).parents[2] / "examples" / "reference.tif")
         parser.add_argument("--sides", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
+        parser.add_argument("--size", type=int, default=1024)
+        parser.add_argument("--tiles", type=int, nargs="+", default=[1024, 2048])
+        parser.add_argument("--device", default="cuda")
         arguments = parser.parse_args()
         every = {
             "parts": lambda: parts(load_brush()),
@@ -221,5 +379,7 @@ if __name__ == "__main__":
             "size": lambda: size(arguments.sides),
         }
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-        for name in arguments.what or every:
+        if "device" in arguments.what:
+            device(load_brush(), arguments.ref, arguments.size, arguments.tiles, arguments.device)
+        for name in [name for name in arguments.what if name != "device"] if arguments.what else every:
             print(f"{name}: {json.dumps(every[name]())}", flush=True)

@@ -59,8 +59,13 @@ class System(nn.Module, ABC):
         tell: Tell | None = None,
     ) -> Tensor:  # fmt: skip
         """A canvas, (3, height, width) in about [-1, 1], in its own sampler; `condition` as `Brush.condition` gives it
-        at the canvas's pitch."""
+        at the canvas's pitch. All of it on `device`, the condition too."""
         ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and it paints."""
+        return next(iter(self.state_dict().values())).device
 
     @abstractmethod
     def bytes_for(self, canvas: Grid) -> int:

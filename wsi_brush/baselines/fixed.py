@@ -118,7 +118,7 @@ class Fixed(System):
         condition is withheld.
         """
         count = self.config.tokens
-        at = (torch.arange(count * _INSIDE) + 0.5) * side / (count * _INSIDE)
+        at = (torch.arange(count * _INSIDE, device=known.device) + 0.5) * side / (count * _INSIDE)
         found = []
         for index, (project, lattice) in enumerate(zip(self.embed, condition, strict=True)):
             table = torch.cat([lattice.values, lattice.present[..., None]], -1)
@@ -131,7 +131,7 @@ class Fixed(System):
 
     def velocity(self, x: Tensor, time: Tensor, mpp: float, tokens: Tensor) -> Tensor:
         """v of images (n, 3, size, size) at times (n,) of the schedule, whose pixels are `mpp` µm."""
-        said: Tensor = self.unet(x, time, tokens, class_labels=_octaves(mpp).expand(len(x), -1)).sample
+        said: Tensor = self.unet(x, time, tokens, class_labels=_octaves(mpp, x.device).expand(len(x), -1)).sample
         return said
 
     # -- training ------------------------------------------------------------------------------------------
@@ -166,12 +166,12 @@ class Fixed(System):
         """(3, height, width): the upper left part of a square as large as the canvas's longer side."""
         from diffusers import DPMSolverMultistepScheduler
 
-        size, side = self.config.size, max(canvas.shape)
+        size, side, device = self.config.size, max(canvas.shape), self.device
         mpp = canvas.mpp * side / size
-        tokens = [self.tokens_of(condition, side, torch.tensor([known])) for known in (0.0, 1.0)]
+        tokens = [self.tokens_of(condition, side, torch.full((1,), known, device=device)) for known in (0.0, 1.0)]
         solver = DPMSolverMultistepScheduler.from_config(self.schedule.config, lambda_min_clipped=_LEAST_LOG_SNR)
-        solver.set_timesteps(steps)
-        x = NoiseField(seed).read(Grid(mpp, 0, 0, size, size))[None] * solver.init_noise_sigma
+        solver.set_timesteps(steps, device=device)
+        x = NoiseField(seed).read(Grid(mpp, 0, 0, size, size), device=device)[None] * solver.init_noise_sigma
         told = Told(tell, "painting", len(solver.timesteps) * size**2)
         for time in solver.timesteps:
             said = self.velocity(x, time[None], mpp, tokens[1])
@@ -202,7 +202,7 @@ def enlarged(image: Tensor, canvas: Grid) -> Tensor:
     return found[0, :, : canvas.height, : canvas.width]
 
 
-def _octaves(mpp: float) -> Tensor:
+def _octaves(mpp: float, device: torch.device) -> Tensor:
     """The size of a pixel as waves of its logarithm: (2 octaves,)."""
-    turns = 2 * math.pi * math.log2(mpp) / 2.0 ** torch.arange(1, _OCTAVES + 1)
+    turns = 2 * math.pi * math.log2(mpp) / 2.0 ** torch.arange(1, _OCTAVES + 1, device=device)
     return torch.cat([turns.sin(), turns.cos()])

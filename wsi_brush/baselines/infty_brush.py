@@ -58,7 +58,7 @@ class CrossOperator(nn.Module):
         return u + change
 
     def _at_place(self, query: Tensor, domain: Domain) -> Tensor:
-        mass, total = torch.zeros(()), torch.zeros(())
+        mass, total = query.new_zeros(()), query.new_zeros(())
         for axis in domain.axes():
             token = self.place(axis)
             weight = (query * self._heads(self.key(token)).softmax(-1)).sum(-1, keepdim=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -97,8 +98,14 @@ def wiener(image: Tensor, width: float) -> Tensor:
     responses = [_response(side, width) for side in image.shape[1:]]
     gain = responses[0][:, None] * responses[1]
     gain /= gain**2 + NOISE_TO_SIGNAL**2
-    found = [idctn(dctn(plane.numpy(), norm="ortho") * gain, norm="ortho") for plane in image]
+    found = [idctn(dctn(plane.cpu().numpy(), norm="ortho") * gain, norm="ortho") for plane in image]
     return torch.from_numpy(np.stack(found).astype(np.float32))
+
+
+@lru_cache(maxsize=16)
+def _left(width: float) -> float:
+    """The variance that A leaves of white noise."""
+    return float((mollifier(width) ** 2).sum()) ** 2
 
 
 def _response(side: int, width: float) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -154,7 +161,7 @@ class Mollified(System):
 
     def _scaled(self, values: Tensor, sigma: Tensor) -> Tensor:
         """In units of their spread: A leaves white noise the variance that its squared taps sum to."""
-        noise = float((mollifier(self.config.mollifier) ** 2).sum()) ** 2
+        noise = _left(self.config.mollifier)
         return values / (SIGMA_DATA**2 + noise * sigma**2).sqrt()[:, None, None, None]
 
     def paint(
@@ -164,8 +171,10 @@ class Mollified(System):
         """DDIM on the mollified state, every u_0 cut to [-1, 1] as in both papers, then the Wiener read-out."""
         area, width = canvas.rounded(self.config.node), self.config.mollifier
         path = Cosine.within(ladder).path(steps)
-        domain = Domain.lattice(area.shape, canvas.mpp, torch.tensor([canvas.extent[:2]], dtype=torch.float64))
-        state = NoiseField(seed).read_mollified(area, width=width).mul_(path[0])
+        device = self.device
+        origin = torch.tensor([canvas.extent[:2]], dtype=torch.float64, device=device)
+        domain = Domain.lattice(area.shape, canvas.mpp, origin)
+        state = NoiseField(seed).read_mollified(area, width=width, device=device).mul_(path[0])
         told = Told(tell, "painting", len(path) - 1)
         for sigma, following in pairwise(path):
             image = (state - sigma * self._guided(state, domain, sigma, condition, guidance)).clamp_(-1, 1)
@@ -176,11 +185,11 @@ class Mollified(System):
     def _guided(
         self, state: Tensor, domain: Domain, sigma: float, condition: list[ConditionMap], guidance: float
     ) -> Tensor:
-        level = torch.tensor([sigma])
+        level = torch.full((1,), sigma, device=state.device)
         values = self._scaled(state.permute(1, 2, 0)[None], level)
-        said = self.noise(values, domain, level, condition, torch.ones(1))
+        said = self.noise(values, domain, level, condition, torch.ones_like(level))
         if self.conditional and guidance != 1:
-            said = torch.lerp(self.noise(values, domain, level, condition, torch.zeros(1)), said, guidance)
+            said = torch.lerp(self.noise(values, domain, level, condition, torch.zeros_like(level)), said, guidance)
         return said[0].permute(2, 0, 1)
 
     def bytes_for(self, canvas: Grid) -> int:

@@ -29,7 +29,7 @@ from ..objective import Drawing, conditions
 from ..progress import Tell, Told
 from . import System
 
-BATCH = 16
+BATCH, GPU_BATCH = 16, 256
 """Windows seen at once."""
 ALIKE = 0.9995
 """Cosine from which on two embeddings are mixed in a straight line."""
@@ -147,11 +147,11 @@ class Patches(System):
 
         Guided by ε = (1 + w) ε_c - w ε_u with w = guidance - 1, which is the same sum of the two images.
         """
-        level = torch.full((len(x),), sigma)
+        level = torch.full((len(x),), sigma, device=x.device)
         skip, out, into = coefficients(torch.tensor(sigma))
 
         def said(known: float) -> Tensor:
-            told = self.tell_of(embedding, present, torch.full((len(x),), known))
+            told = self.tell_of(embedding, present, torch.full_like(level, known))
             found: Tensor = skip * x + out * self(x * into, level, mpp, told)
             return found
 
@@ -207,9 +207,9 @@ class Patches(System):
         ratio = ladder.sigma_min / ladder.sigma_max
         sigmas = [ladder.sigma_max * ratio ** (index / max(steps - 1, 1)) for index in range(steps)]
         area, field, lattice = self._area(canvas), NoiseField(seed), own(condition, self.config.side)
-        x = torch.empty(3, *area.shape)
+        x = torch.empty(3, *area.shape, device=self.device)
         for band in _bands(area, self.config.side):
-            x[:, band.within(area)[0]] = sigmas[0] * field.read(band)
+            x[:, band.within(area)[0]] = sigmas[0] * field.read(band, device=x.device)
         told = Told(tell, "painting", steps * area.height * area.width)
         for move in moves([*sigmas, 0.0], "ancestral"):
             self._advance(x, move, area, field, lattice, guidance, told)
@@ -226,24 +226,24 @@ class Patches(System):
     ) -> None:
         """One step, in place: rows that no later window reads are averaged and moved while the windows go down."""
         side, stride = self.config.side, self.config.stride
-        left = torch.arange(0, area.width - side + 1, stride)
-        down, across = (_windows_over(length, side, stride) for length in area.shape)
-        total = torch.zeros(3, side, area.width)
+        left, most = range(0, area.width - side + 1, stride), BATCH if x.device.type == "cpu" else GPU_BATCH
+        down, across = (_windows_over(length, side, stride).to(x.device) for length in area.shape)
+        total = torch.zeros(3, side, area.width, device=x.device)
         for top in range(0, area.height - side + 1, stride):
             band = x[:, top : top + side]
-            for lefts in left.split(BATCH):
-                centre = torch.stack([torch.full_like(lefts, top), lefts], 1) + side / 2
-                embedding, present = embedding_at(lattice, torch.zeros_like(lefts), centre)
-                windows = torch.stack([band[:, :, start : start + side] for start in lefts.tolist()])
+            for lefts in (left[first : first + most] for first in range(0, len(left), most)):
+                corners = torch.tensor([(top, start) for start in lefts], device=x.device)
+                embedding, present = embedding_at(lattice, torch.zeros_like(corners[:, 0]), corners + side / 2)
+                windows = torch.stack([band[:, :, start : start + side] for start in lefts])
                 images = self.image(windows, move.sigma, area.mpp, embedding, present, guidance=guidance)
-                for start, image in zip(lefts.tolist(), images, strict=True):
+                for start, image in zip(lefts, images, strict=True):
                     total[:, :, start : start + side] += image
             rows = slice(top, top + (stride if top + side < area.height else side))
             place = Grid(area.mpp, area.top + top, area.left, rows.stop - top, area.width)
             average = total[:, : place.height] / (down[rows, None] * across)
-            noise = field.read(place, stream=move.stream) if move.fresh else None
+            noise = field.read(place, stream=move.stream, device=x.device) if move.fresh else None
             x[:, rows] = move.of(x[:, rows], average, None, noise)
-            total = torch.cat([total[:, place.height :], torch.zeros(3, place.height, area.width)], 1)
+            total = torch.cat([total[:, place.height :], total.new_zeros(3, place.height, area.width)], 1)
             told.add(place.height * area.width)
 
     def bytes_for(self, canvas: Grid) -> int:
@@ -278,7 +278,7 @@ def embedding_at(lattice: ConditionMap, scene: Tensor, centre: Tensor) -> tuple[
     place = torch.stack([position[:, 0].clamp(0, rows - 1), position[:, 1].clamp(0, columns - 1)])
     low = place.floor().long()
     down, across = place - low
-    high = torch.minimum(low + 1, torch.tensor([[rows - 1], [columns - 1]]))
+    high = torch.stack([(low[0] + 1).clamp_max(rows - 1), (low[1] + 1).clamp_max(columns - 1)])
 
     def cell(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
         return lattice.values[scene, row, column], lattice.present[scene, row, column]
@@ -350,7 +350,7 @@ class _Attention(nn.Module):
 
 def _waves(sigma: Tensor, mpp: float) -> Tensor:
     """Noise level and pitch as numbers: (n,) -> (n, 2 waves + 1)."""
-    level = sigma.log()[:, None] / 4 * torch.exp(torch.linspace(0, math.log(100.0), _WAVES))
+    level = sigma.log()[:, None] / 4 * torch.exp(torch.linspace(0, math.log(100.0), _WAVES, device=sigma.device))
     return torch.cat([level.sin(), level.cos(), torch.full_like(level[:, :1], math.log2(mpp))], -1)
 
 

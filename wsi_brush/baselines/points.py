@@ -26,6 +26,7 @@ from ..operators import SelfAttention, by_bands, rows_of
 from ..splat import interpolate, interpolate_at, nodes, positional, splat, splat_at
 
 _ROOM = 1 << 20  # places on a side that a point's key can tell apart
+_GPU_TILE = 1024  # pixels
 _TILE = 96  # pixels: twice its features are below what the command line has handed back to the system at once
 SIGNAL = 128
 AXIS = 36  # positional features of a place on one axis
@@ -46,7 +47,7 @@ class Neighbours:
     @staticmethod
     def of(places: Tensor, side: int) -> Neighbours:
         """Of distinct places (n, points, 2), in raster order within each scene."""
-        scene = torch.arange(len(places))[:, None]
+        scene = torch.arange(len(places), device=places.device)[:, None]
         keys = ((scene * _ROOM + places[..., 0]) * _ROOM + places[..., 1]).flatten()
         reach, half = side // 2, []
         for place in range(side * side // 2):
@@ -55,7 +56,7 @@ class Neighbours:
             receivers = torch.nonzero(keys[index] == wanted).flatten()
             half.append((receivers, index[receivers]))
         pairs = (*half, *((givers, receivers) for receivers, givers in reversed(half)))
-        count = torch.ones(len(keys))
+        count = torch.ones(len(keys), device=keys.device)
         for receivers, _ in pairs:
             count[receivers] += 1
         return Neighbours(side, pairs, count[:, None])
@@ -79,7 +80,7 @@ class Domain:
     @staticmethod
     def lattice(shape: tuple[int, int], mpp: float, origin: Tensor) -> Domain:
         """All pixels."""
-        rows, columns = (torch.arange(side).expand(len(origin), -1) for side in shape)
+        rows, columns = (torch.arange(side, device=origin.device).expand(len(origin), -1) for side in shape)
         return Domain(rows[:, :, None], columns[:, None], shape, mpp, origin)
 
     @staticmethod
@@ -99,7 +100,7 @@ class Domain:
         if self._whole:
             return work(self, *features)
         whole = Grid(1.0, 0, 0, *self.shape)
-        for tile in whole.tiles(_TILE):
+        for tile in whole.tiles(_TILE if self.rows.device.type == "cpu" else _GPU_TILE):
             around = tile.pad(halo).clip(whole)
             rows, columns = around.within(whole)
             part = replace(self, rows=self.rows[:, rows], columns=self.columns[:, :, columns])
@@ -120,7 +121,7 @@ class Domain:
 
     def axes(self) -> tuple[Tensor, Tensor]:
         """Rows and columns as positional features, (n, rows, 1, AXIS) and (n, 1, columns, AXIS) or (n, points, 1, .)"""
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device=self.rows.device)
         down, across = (self.origin[:, axis, None, None] for axis in (0, 1))
         rows, columns = down + (self.rows + 0.5) * self.mpp, across + (self.columns + 0.5) * self.mpp
         return positional(rows, zero.expand_as(rows)), positional(zero.expand_as(columns), columns)
@@ -130,9 +131,9 @@ class Domain:
         rows, columns = (side // node for side in self.shape)
         if self.near is None:
             total = nodes(by_bands(lambda part: splat(part, node), rows, u))
-            mass = _edges(rows, node)[:, None] * _edges(columns, node)
+            mass = _edges(rows, node, u.device)[:, None] * _edges(columns, node, u.device)
             return total / mass[..., None]
-        scene = torch.arange(len(u)).repeat_interleave(u.shape[1])
+        scene = torch.arange(len(u), device=u.device).repeat_interleave(u.shape[1])
         places = [(axis.flatten() + 0.5) / node for axis in (self.rows, self.columns)]
         u = torch.cat([u, torch.ones_like(u[..., :1])], -1).flatten(0, 2)
         total = splat_at(u, *places, scene=scene, shape=(len(self.rows), rows + 1, columns + 1))
@@ -147,10 +148,11 @@ class Domain:
         return interpolate_at(table, rows.flatten(), columns.flatten(), scene).unflatten(0, (len(table), -1, 1))
 
 
-def _edges(blocks: int, node: int) -> Tensor:
+def _edges(blocks: int, node: int, device: torch.device) -> Tensor:
     """The mass of a row of nodes in pixels: half at both ends."""
-    mass = torch.full((blocks + 1,), float(node))
-    mass[[0, -1]] /= 2
+    mass = torch.full((blocks + 1,), float(node), device=device)
+    for end in (0, -1):
+        mass[end] /= 2
     return mass
 
 
@@ -173,7 +175,7 @@ class PointKernel(nn.Module):
             total = functional.conv2d(
                 u.permute(0, 3, 1, 2), self.kernel, padding=side // 2, groups=u.shape[-1]
             ).permute(0, 2, 3, 1)  # fmt: skip
-            counts = [_present(length, side // 2) for length in u.shape[1:3]]
+            counts = [_present(length, side // 2, u.device) for length in u.shape[1:3]]
             return total * (side**2 / (counts[0][:, None] * counts[1]))[..., None] + self.bias
         flat, taps = u.flatten(0, 2), self.kernel.flatten(1).T
         total = flat * taps[side**2 // 2]
@@ -183,9 +185,9 @@ class PointKernel(nn.Module):
         return (total * (side**2 / near.count) + self.bias).view_as(u)
 
 
-def _present(length: int, reach: int) -> Tensor:
+def _present(length: int, reach: int, device: torch.device) -> Tensor:
     """How many places of a window of 2 reach + 1 lie inside a line, for each of its places."""
-    place = torch.arange(length)
+    place = torch.arange(length, device=device)
     return (place.clamp_max(reach) + (length - 1 - place).clamp_max(reach) + 1).float()
 
 

@@ -27,7 +27,7 @@ from ..diffusion import Ladder
 from ..errors import MachineError, RefusedError, UsageError
 from ..field import NoiseField
 from ..grid import Grid
-from ..machine import free_memory
+from ..machine import find_device, free_memory
 from ..objective import Drawing
 from ..progress import Tell, Told
 from . import System
@@ -147,7 +147,7 @@ class Sdxl(System):
             UsageError, RefusedError: if the folder is no SDXL of safetensors.
             MachineError: if a package or memory is missing.
         """
-        pipeline, config = self._pipeline(), self.config
+        pipeline, config, device = self._pipeline(), self.config, self._place
         cell = pipeline.vae_scale_factor
         field = NoiseField(seed, channels=pipeline.unet.config.in_channels)
         factor = max(1.0, max(canvas.shape) / config.size) if config.beyond == "enlarged" else 1.0
@@ -173,8 +173,8 @@ class Sdxl(System):
                 width=width * cell,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                latents=noise[None].to(config.device, _TYPES[config.dtype]),
-                generator=torch.Generator(config.device).manual_seed(seed),
+                latents=noise[None].to(device, _TYPES[config.dtype]),
+                generator=torch.Generator(device).manual_seed(seed),
                 output_type="pt",
                 callback_on_step_end=count,
             ).images[0]
@@ -206,7 +206,7 @@ class Sdxl(System):
             ) from None
         config, needs = self.config, self.needs()
         _, variant = networks_in(Path(config.folder))
-        _check(needs, config)
+        _check(needs, config, self._place)
         try:
             pipeline = StableDiffusionXLPipeline.from_pretrained(
                 config.folder,
@@ -226,7 +226,12 @@ class Sdxl(System):
                 "checkpoint again"
             )
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(config.device)
+        return pipeline.to(self._place)
+
+    @property
+    def _place(self) -> str:
+        """The device of its configuration; or a GPU, where it was taken there."""
+        return self.config.device if self.device.type == "cpu" else str(self.device)
 
 
 def networks_in(folder: Path) -> tuple[dict[str, list[Path]], str | None]:
@@ -284,19 +289,17 @@ def _parameters(path: Path) -> int:
         raise RefusedError(f"{path}: damaged ({error}); copy it again") from None
 
 
-def _check(needs: Needs, config: SdxlConfig) -> None:
+def _check(needs: Needs, config: SdxlConfig, device: str) -> None:
     """Whether the machine has what is needed.
 
     Raises:
         MachineError: if not, in one line with both figures.
     """
-    cuda = torch.device(config.device).type == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise MachineError(f"{config.device}: no CUDA device is available to PyTorch here; use cpu")
+    cuda = find_device(device).type == "cuda"
     advice = "float16 halves it" if config.dtype == "float32" else "a smaller `size` needs less"
     places = [("memory", free_memory(), needs.weights + needs.file if cuda else needs.total)]
     if cuda:
-        places.append((config.device, torch.cuda.mem_get_info(config.device)[0], needs.weights + needs.features))
+        places.append((device, torch.cuda.mem_get_info(device)[0], needs.weights + needs.features))
     for place, free, wanted in places:
         if free is not None and free < wanted:
             raise MachineError(

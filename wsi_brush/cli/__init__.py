@@ -126,6 +126,10 @@ def synthesize(
     scheduler: Annotated[
         str | None, typer.Option(help="A Dask scheduler whose workers paint the tiles.", metavar="ADDRESS")
     ] = None,
+    device: Annotated[str, typer.Option(help="What computes: cpu, cuda or cuda:N.", metavar="DEVICE")] = "cpu",
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of products: exact, or faster on a GPU.")
+    ] = "float32",
     png: Annotated[Path | None, typer.Option(help="Also write reference and painting side by side.")] = None,
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,
@@ -154,17 +158,18 @@ def synthesize(
         from ..brush import load_brush
         from ..cluster import connect
         from ..encoder import load_encoder
-        from ..machine import peak_memory
+        from ..machine import check_precision, find_device, peak_memory
         from ..paint import Painting, kept
         from ..synthesize import synthesize_slide
 
         painting = Painting(
             4096 if size is None else size, place, mpp, seed, steps, guidance, solver,
-            progressive=progressive == "on", memory=memory,
+            progressive=progressive == "on", memory=memory, device=device, precision=precision,
         )  # fmt: skip
         prepare(threads, largest=kept(memory))
+        check_precision(precision, find_device(device))
         loaded = load_brush(brush)
-        eyes = load_encoder(encoder or loaded.about["encoder"])
+        eyes = load_encoder(encoder or loaded.about["encoder"], device=device)
         if dry_run:
             print_plan(plans.plan_painting(loaded, eyes, slide, out, painting), json_)
             return

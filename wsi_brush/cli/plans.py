@@ -71,6 +71,7 @@ def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, paint
         "canvas": f"{canvas.height} x {canvas.width} pixels at {canvas.mpp:g} µm",
         "corner": f"row {canvas.top}, column {canvas.left} (pixels at {canvas.mpp:g} µm)",
         "time": f"about {seconds / 60:.1f} minutes",
+        "device": f"{painting.device}, {painting.precision}",
         "steps": ", ".join(f"{count} at {mpp:g} µm" for mpp, count in moves.items()),
         "hand-overs": ladder.budget() if painting.progressive else [],
         "tiles": f"{tile} x {tile} pixels",
