@@ -172,7 +172,8 @@ class Denoiser(nn.Module):
         tables = []
         for index, (project, lattice) in enumerate(zip(self.embed, condition, strict=True)):
             present = lattice.present[..., None]
-            table = torch.lerp(self.absent[index].expand(*present.shape[:-1], -1), project(lattice.values), present)
+            told = project(lattice.values).to(present)
+            table = torch.lerp(self.absent[index].expand_as(told), told, present)
             if known is not None:
                 table = torch.lerp(self.unknown[index].expand_as(table), table, known[:, None, None, None])
             tables.append(table)
