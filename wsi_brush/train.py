@@ -29,7 +29,7 @@ from .denoiser import Denoiser, DenoiserConfig
 from .diffusion import Ladder
 from .encoder import load_encoder
 from .errors import MachineError, RefusedError, UsageError
-from .machine import find_device
+from .machine import check_precision, find_device, products
 from .objective import losses
 from .optimiser import optimisers
 from .recipe import Data, Model, Rival, TrainConfig
@@ -66,8 +66,9 @@ def _trained(
 ) -> Brush:
     if config.optimisation.threads:
         torch.set_num_threads(config.optimisation.threads)
+    check_precision(config.optimisation.precision, device)
     if device.type != "cpu":
-        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     pack = _pack(config.data, work, slides, tell, device)
     run = Training(config, pack, work, device)
     run.resume(tell)
@@ -107,7 +108,10 @@ def _network(model: Model | Rival, dim: int) -> Denoiser | System:
 
 
 def _losses(network: Denoiser | System, *given: Any) -> tuple[Tensor, Tensor]:
-    return network.losses(*given) if isinstance(network, System) else losses(network, *given)
+    if not isinstance(network, System):
+        return losses(network, *given)
+    with next(network.parameters()).device:  # theirs make their tensors where they are told to
+        return network.losses(*given)
 
 
 def _start_from(brush: Brush, denoiser: Denoiser | System) -> None:
@@ -180,7 +184,8 @@ class Training:
         value = sum(window for window, _ in shards) / o.shards
         for parameter, *parts in zip(self.denoiser.parameters(), *(gradient for _, gradient in shards), strict=True):
             there = [part for part in parts if part is not None]  # what no shard used is left alone
-            parameter.grad = torch.stack(there).sum(0) / o.shards if there else None
+            one = there[0] if there and o.shards == 1 else None
+            parameter.grad = torch.stack(there).sum(0) / o.shards if there and one is None else one
         norm = torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), o.clip)
         if not torch.isfinite(norm):  # a finite loss can have such a gradient; every weight would be lost, then saved
             raise MachineError(
@@ -206,14 +211,14 @@ class Training:
         place = self.number * o.shards + shard
         generator = torch.Generator(self.device).manual_seed(o.seed * 1_000_003 + place)
         scenes = self._scenes(place)
-        with self.device:
+        with products(o.precision, self.device):
             window, scattered = _losses(self.denoiser, self.ladder, scenes, self.pack.about, o, generator)
-            total = window + o.scattered * scattered
-        if not torch.isfinite(total):
+        total = window + o.scattered * scattered
+        gradient = torch.autograd.grad(total, list(self.denoiser.parameters()), allow_unused=True)
+        if not torch.isfinite(total):  # only now: a GPU is given all its work before it is waited for
             raise MachineError(
                 f"step {self.number}: the loss is {total.item()}; lower `rate` and run again from the checkpoint"
             )
-        gradient = torch.autograd.grad(total, list(self.denoiser.parameters()), allow_unused=True)
         return window.item(), gradient
 
     def _scenes(self, place: int) -> Scenes:
@@ -245,8 +250,7 @@ class Training:
             for batch in range(batches):
                 generator = torch.Generator(self.device).manual_seed(batch)
                 scenes = sampler.draw(batch, 8, mpp=mpp)
-                with self.device:
-                    values.append(_losses(self.average, self.ladder, scenes, self.pack.about, o, generator)[0].item())
+                values.append(_losses(self.average, self.ladder, scenes, self.pack.about, o, generator)[0].item())
             found.append(f"{mpp:g} µm {sum(values) / len(values):.4f}")
         self._clock = time.monotonic()  # judging is not training
         return ", ".join(found)
