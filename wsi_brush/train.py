@@ -233,19 +233,12 @@ class Training:
 
     @torch.no_grad()
     def held_out(self, batches: int = 2) -> str:
-        """Loss of the averaged weights on the held-out part of the slides, by pitch that has room there."""
-        data, o = self.config.data, self.config.optimisation
-        found = []
-        for level, mpp in enumerate(self.ladder.pitches[:3]):
-            shares = [float(index == level) for index in range(len(self.ladder.pitches))]
-            sizes = [min(size, 256) for size in data.sizes]
-            try:
-                sampler = CoordinateSampler(
-                    self.pack, shares=shares, sizes=sizes, window=data.window, points=data.points, seed=1,
-                    held_out=True, device=self.device,
-                )  # fmt: skip
-            except UsageError:
-                continue  # no room there at this pitch
+        """Loss of the averaged weights on the held-out part of the slides, by pitch: of the largest scenes there."""
+        o, found = self.config.optimisation, []
+        for level, mpp in enumerate(self.ladder.pitches):
+            sampler = self._held_out(level)
+            if sampler is None:
+                continue
             values = []
             for batch in range(batches):
                 generator = torch.Generator(self.device).manual_seed(batch)
@@ -254,6 +247,20 @@ class Training:
             found.append(f"{mpp:g} µm {sum(values) / len(values):.4f}")
         self._clock = time.monotonic()  # judging is not training
         return ", ".join(found)
+
+    def _held_out(self, level: int) -> CoordinateSampler | None:
+        data = self.config.data
+        for size in (256, 128, 64, 32):
+            try:
+                return CoordinateSampler(
+                    self.pack, shares=[float(index == level) for index in range(len(self.ladder.pitches))],
+                    sizes=[size] * len(self.ladder.pitches), window=min(size, data.window),
+                    points=min(data.points, max(0, size**2 - data.window**2)), seed=1, held_out=True,
+                    device=self.device,
+                )  # fmt: skip
+            except UsageError:  # no room there
+                continue
+        return None
 
     def brush(self) -> Brush:
         """The averaged weights as a brush."""
