@@ -72,12 +72,8 @@ def optimisers(module: nn.Module, *, rate: float, decay: float) -> list[torch.op
     groups = [{"params": kernels, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     return [
         Muon(matrices, rate=rate, decay=decay),
-        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), **_at_once(weights[0].device)),
+        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), foreach=True),
     ]
-
-
-def _at_once(device: torch.device) -> dict[str, bool]:
-    return {"foreach": True} if device.type == "cpu" else {"fused": True}
 
 
 def _is_matrix(weight: Tensor) -> bool:

@@ -125,7 +125,8 @@ class Fixed(System):
             read = interpolate(table, *lattice.in_cells(at[None], at[None]))
             mean = read.unflatten(2, (count, _INSIDE)).unflatten(1, (count, _INSIDE)).mean((2, 4)).flatten(1, 2)
             present = mean[..., -1:].clamp(0, 1)
-            token = torch.lerp(self.absent[index], project(mean[..., :-1] / present.clamp_min(1e-6)), present)
+            token = project(mean[..., :-1] / present.clamp_min(1e-6)).to(present)
+            token = torch.lerp(self.absent[index], token, present)
             found.append(torch.lerp(self.unknown[index], token, known[:, None, None]) + self.place[index])
         return torch.cat(found, 1)
 

@@ -137,7 +137,8 @@ class Patches(System):
 
     def tell_of(self, embedding: Tensor, present: Tensor, known: Tensor) -> Tensor:
         """What the network is told of patches: embeddings (n, dim), presence and `known` (n,) from 0 to 1."""
-        told = torch.lerp(self.absent.expand(len(embedding), -1), self.embed(embedding), present[:, None])
+        embedded = self.embed(embedding).to(present)
+        told = torch.lerp(self.absent.expand_as(embedded), embedded, present[:, None])
         return torch.lerp(self.unknown.expand_as(told), told, known[:, None])
 
     def image(
