@@ -31,7 +31,7 @@ from wsi_brush.errors import MachineError, RefusedError, UsageError
 from wsi_brush.estimate import painting_seconds
 from wsi_brush.field import NoiseField, mollify
 from wsi_brush.grid import Grid
-from wsi_brush.paint import Painting, Run, Stage, paint_canvas, stages, whole
+from wsi_brush.paint import Painting, Run, Stage, paint_canvas, stages, wants_before, whole
 from wsi_brush.splat import nodes
 from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import CanvasDenoiser
@@ -99,6 +99,13 @@ def fetched(values: Tensor) -> NDArray[np.float32]:
     return np.ones(tuple(values.shape), np.float32)
 
 
+def made_there(brush: Brush, device: torch.device) -> Brush:
+    """The same sizes with fake weights: what is real is not moved to a device that is not there."""
+    with torch.device(device):
+        network: Any = type(brush.network)(brush.network.config)
+    return replace(brush, network=network.eval().requires_grad_(False))
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     device = torch.device("cuda", 0)
@@ -130,7 +137,8 @@ def test_noise_is_read_there(fake: torch.device) -> None:
 
 def test_the_operator_stays_there(brush: Brush, fake: torch.device) -> None:
     """By its parts, in one piece."""
-    net, condition = brush.on(fake).denoiser, brush.on(fake).condition(maps_on(CANVAS), CANVAS, 0.5)
+    made = made_there(brush, fake)
+    net, condition = made.denoiser, made.condition(maps_on(CANVAS), CANVAS, 0.5)
     level = torch.full((1,), 1.3, device=fake)
     origin = torch.zeros(1, 2, dtype=torch.float64, device=fake)
     x = NoiseField(0).read(CANVAS, device=fake)[None]
@@ -154,10 +162,12 @@ def test_every_stage_of_a_painting_stays_there(brush: Brush, fake: torch.device,
     painting = replace(QUICK, device="cuda", solver=solver, steps=12)
     ladder = brush.ladder
     area = whole(CANVAS, ladder)
-    run, planes, seen = Run(brush, maps_on(area), area, painting, None), {}, set[str]()
-    for stage in stages(ladder, painting):
-        before = planes
-        planes = run.after(stage, before, None, keep=True)
+    run = Run(made_there(brush, fake), maps_on(area), area, painting, None)
+    planes, seen = dict[str, Any](), set[str]()
+    todo = stages(ladder, painting)
+    for number, stage in enumerate(todo, 1):
+        keep = number < len(todo) and wants_before(todo[number])
+        planes = run.after(stage, planes, None, keep=keep)
         seen.update(kind_of(stage))
         assert planes["x"].shape == (3, *area.level(stage.level).shape)
         assert np.all(planes["x"] == 1)  # every tile of it
@@ -176,7 +186,7 @@ def kind_of(stage: Stage) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", ["infty-diff", "infty-brush", "infty-brush-no-cross"])
 def test_rivals_on_points_stay_there(brush: Brush, fake: torch.device, name: str) -> None:
-    made = rival_brush(brush, name).on(fake)
+    made = made_there(rival_brush(brush, name), fake)
     system, condition = cast(Mollified, made.rival), made.condition(maps_on(CANVAS), CANVAS, 0.5)
     state = NoiseField(0).read_mollified(CANVAS, width=1.0, device=fake)
     origin = torch.zeros(1, 2, dtype=torch.float64, device=fake)
@@ -188,7 +198,7 @@ def test_rivals_on_points_stay_there(brush: Brush, fake: torch.device, name: str
 
 
 def test_patches_stay_there(brush: Brush, fake: torch.device) -> None:
-    made = rival_brush(brush, "patches").on(fake)
+    made = made_there(rival_brush(brush, "patches"), fake)
     system, condition = cast(Patches, made.rival), made.condition(maps_on(CANVAS), CANVAS, 0.5)
     image = system.paint(condition, CANVAS, made.ladder, seed=0, steps=2, guidance=2.0)
     assert own(condition, 32).values.device == fake
@@ -200,7 +210,7 @@ def test_the_unet_stays_there(brush: Brush) -> None:
     pytest.importorskip("diffusers")
     here = rival_brush(brush, "fixed")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = here.on(torch.device("cuda", 0))
+        made = made_there(here, torch.device("cuda", 0))
         condition = made.condition(maps_on(CANVAS), CANVAS, 0.5)
         system: Any = made.rival
         one = torch.ones(1, device="cuda")

@@ -67,7 +67,7 @@ class Brush:
     @property
     def device(self) -> torch.device:
         """Where its weights are, and it computes."""
-        return next(iter(self.network.state_dict().values())).device
+        return torch.as_tensor(next(iter(self.network.state_dict().values()))).device
 
     def on(self, device: torch.device) -> Brush:
         """The same brush on a device; a copy, where it is on another."""

@@ -65,7 +65,7 @@ class System(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where its weights are, and it paints."""
-        return next(iter(self.state_dict().values()), torch.zeros(())).device
+        return torch.as_tensor(next(iter(self.state_dict().values()))).device
 
     @abstractmethod
     def bytes_for(self, canvas: Grid) -> int:
