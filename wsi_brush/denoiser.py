@@ -312,7 +312,7 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the cells at 8 pixels are told, by embeddings and layout, and their places as features."""
         rows, columns = (
-            (torch.arange(size, device=deep.device) + 0.5) * CELL + start.to(deep.device)[:, None]
+            (torch.arange(size, device=deep.device) + 0.5) * CELL + start[:, None]
             for size, start in zip(deep.shape[1:3], corner, strict=True)
         )
         gathered = interpolate(grid, rows / NODE - node[0], columns / NODE - node[1])

@@ -65,7 +65,7 @@ class System(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where its weights are, and it paints."""
-        return torch.as_tensor(next(iter(self.state_dict().values()))).device
+        return next((torch.as_tensor(one) for one in self.state_dict().values()), torch.zeros(())).device
 
     @abstractmethod
     def bytes_for(self, canvas: Grid) -> int:
