@@ -302,23 +302,22 @@ def test_a_place_is_the_same_at_every_pitch() -> None:
     denoiser = denoiser_of(SMALL)
     fine, coarse = (setting_of(denoiser, 2, (64, 64), mpp=mpp) for mpp in (0.5, 2.0))
     rows, columns = torch.tensor([0.0, 40.0, 8.0]), torch.tensor([4.0, 0.0, 1000.0])
-    found = fine.places_of_points(rows, columns, 0)
-    torch.testing.assert_close(found, coarse.places_of_points(rows / 4, columns / 4, 0))
+    first = torch.zeros(3, dtype=torch.int64)
+    found = fine.places_of_points(rows, columns, first)
+    torch.testing.assert_close(found, coarse.places_of_points(rows / 4, columns / 4, first))
     torch.testing.assert_close(found, positional(1000 + rows / 2, 1000 + columns / 2))
-    torch.testing.assert_close(found, fine.places(rows, columns, 0).diagonal().T)
+    torch.testing.assert_close(found, fine.places(rows[None], columns[None])[0].diagonal().T)
     origin = torch.tensor([[0.0, 0.0], [20.0, 2.0]], dtype=torch.float64)
     moved = replace(fine, origin=origin)
-    expected = moved.places_of_points(rows + 40, columns + 4, 0)
-    torch.testing.assert_close(moved.places_of_points(rows, columns, 1), expected)
+    expected = moved.places_of_points(rows + 40, columns + 4, first)
+    torch.testing.assert_close(moved.places_of_points(rows, columns, first + 1), expected)
+    torch.testing.assert_close(moved.places_of_points(rows[None], columns[None])[1], expected[0:3])
 
 
 def test_cells_of_a_map_lie_where_they_are_read() -> None:
     for lattice in condition_of(2, (300, 200)):
-        rows, columns = lattice.centres()
-        for scene in range(2):
-            at_rows, at_columns = lattice.in_cells(rows[scene], columns[scene], scene)
-            torch.testing.assert_close(at_rows, torch.arange(len(at_rows)).float(), rtol=0, atol=1e-4)
-            torch.testing.assert_close(at_columns, torch.arange(len(at_columns)).float(), rtol=0, atol=1e-4)
+        for along in lattice.in_cells(*lattice.centres()):
+            torch.testing.assert_close(along, torch.arange(along.shape[1]).float().expand(2, -1), rtol=0, atol=1e-4)
 
 
 # -- training ----------------------------------------------------------------------------------------------

@@ -57,29 +57,36 @@ def test_coordinates_written_into_nodes_are_read_back(rows: int, columns: int, s
     at_rows = torch.rand(9, generator=generator) * (rows - 1)
     at_columns = torch.rand(7, generator=generator) * (columns - 1)
     expected = torch.stack(torch.meshgrid(at_rows * 32, at_columns * 32, indexing="ij"), -1)
-    torch.testing.assert_close(interpolate(table, at_rows, at_columns), expected, rtol=1e-5, atol=1e-4)
-    paired = interpolate_at(table, at_rows[:7], at_columns)
+    found = interpolate(table[None], at_rows[None], at_columns[None])
+    torch.testing.assert_close(found, expected[None], rtol=1e-5, atol=1e-4)
+    paired = interpolate_at(table[None], at_rows[:7], at_columns, torch.zeros(7, dtype=torch.int64))
     torch.testing.assert_close(paired, torch.stack([at_rows[:7], at_columns], -1) * 32, rtol=1e-5, atol=1e-4)
 
 
 def test_reading_goes_on_with_the_edge() -> None:
-    table = torch.randn(3, 4, 2)
-    beyond = interpolate(table, torch.tensor([-5.0, 0.0, 2.0, 9.0]), torch.tensor([-1.0, 3.0, 3.5]))
-    close(beyond, table[[0, 0, 2, 2]][:, [0, 3, 3]])
+    table = torch.randn(1, 3, 4, 2)
+    beyond = interpolate(table, torch.tensor([[-5.0, 0.0, 2.0, 9.0]]), torch.tensor([[-1.0, 3.0, 3.5]]))
+    close(beyond, table[:, [0, 0, 2, 2]][:, :, [0, 3, 3]])
 
 
 def test_paired_reading_is_reading() -> None:
-    table = torch.randn(4, 5, 3)
+    table, scene = torch.randn(2, 4, 5, 3), torch.tensor([0, 1, 1, 0, 1, 0])
     rows, columns = torch.rand(6) * 5 - 1, torch.rand(6) * 6 - 1
-    whole = interpolate(table, rows, columns)
-    close(interpolate_at(table, rows, columns), whole[torch.arange(6), torch.arange(6)])
+    whole = interpolate(table, rows[None], columns[None])
+    close(interpolate_at(table, rows, columns, scene), whole[scene, torch.arange(6), torch.arange(6)])
+
+
+def test_scenes_are_read_at_their_own_places() -> None:
+    table, rows, columns = torch.randn(3, 4, 5, 2), torch.rand(3, 6) * 5 - 1, torch.rand(3, 7) * 6 - 1
+    alone = [interpolate(table[s : s + 1], rows[s : s + 1], columns[s : s + 1]) for s in range(3)]
+    assert torch.equal(interpolate(table, rows, columns), torch.cat(alone))
 
 
 def test_reading_does_not_depend_on_the_window() -> None:
-    table = torch.randn(5, 7, 33)
-    rows, columns = torch.arange(0.125, 4, 0.25), torch.arange(0.125, 6, 0.25)
+    table = torch.randn(1, 5, 7, 33)
+    rows, columns = torch.arange(0.125, 4, 0.25)[None], torch.arange(0.125, 6, 0.25)[None]
     whole = interpolate(table, rows, columns)
-    assert torch.equal(interpolate(table, rows[3:9], columns[5:6]), whole[3:9, 5:6])
+    assert torch.equal(interpolate(table, rows[:, 3:9], columns[:, 5:6]), whole[:, 3:9, 5:6])
 
 
 def test_the_splat_is_a_partition_of_unity_and_keeps_mass() -> None:
@@ -95,7 +102,7 @@ def test_the_splat_is_a_partition_of_unity_and_keeps_mass() -> None:
 
 def test_the_splat_is_the_adjoint_of_reading() -> None:
     u, table = torch.randn(12, 20, 2), torch.randn(4, 6, 2)
-    read = interpolate(table, (torch.arange(12) + 0.5) / 4, (torch.arange(20) + 0.5) / 4)
+    read = interpolate(table[None], (torch.arange(12)[None] + 0.5) / 4, (torch.arange(20)[None] + 0.5) / 4)[0]
     close((nodes(splat(u[None], 4))[0] * table).sum(), (u * read).sum())
 
 

@@ -23,7 +23,7 @@ from wsi_brush.denoiser import Denoiser, DenoiserConfig
 from wsi_brush.diffusion import Ladder
 from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushError
 from wsi_brush.field import mollify
-from wsi_brush.objective import _gathered, _maps, _scatter, draw_sigma, losses, mollified_at
+from wsi_brush.objective import _gathered, _scatter, conditions, draw_sigma, losses, mollified_at
 from wsi_brush.recipe import Optimisation, SlideSource, TrainConfig, read_config
 from wsi_brush.slide import open_slide
 from wsi_brush.splat import nodes, splat
@@ -53,7 +53,7 @@ def pack(tissue_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Traini
 @pytest.fixture
 def work(tmp_path: Path, pack: TrainingPack, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A work folder whose pack is made already."""
-    monkeypatch.setattr(train, "_pack", lambda data, work, slides, tell: pack)
+    monkeypatch.setattr(train, "_pack", lambda data, work, slides, tell, device: pack)
     folder = tmp_path / "work"
     folder.mkdir()
     return folder
@@ -332,7 +332,7 @@ def test_pitches_without_room_are_not_judged(pack: TrainingPack, tmp_path: Path)
 def test_the_first_run_makes_the_pack_and_the_next_uses_it(
     tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "load_encoder", lambda name: Colours())
+    monkeypatch.setattr(train, "load_encoder", lambda name, device: Colours())
     data, heard = config_of().data, list[str]()
     first = train._pack(data, tmp_path / "work", tissue_slide.parent, heard.append)
     assert len(heard) == 1
@@ -347,7 +347,7 @@ def test_the_first_run_makes_the_pack_and_the_next_uses_it(
 
 
 def test_a_pack_of_other_slides_is_refused(tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "load_encoder", lambda name: Colours())
+    monkeypatch.setattr(train, "load_encoder", lambda name, device: Colours())
     data = config_of().data
     train._pack(data, tmp_path, tissue_slide.parent, lambda line: None)
     for slide in ({"path": "other.tif"}, {"path": "tissue.tif", "assume_mpp": 0.25}):
@@ -449,11 +449,10 @@ def test_the_layout_is_told_the_scene_without_bias(pack: TrainingPack) -> None:
     with torch.no_grad():
         for step in range(25):
             scenes = sampler.draw(step, 8)
-            points, corners = torch.from_numpy(scenes.points), torch.from_numpy(scenes.windows)
             origin, sigma = torch.zeros(8, 2, dtype=torch.float64), torch.ones(8)
-            setting = denoiser.setting(sigma, 0.5, _maps(scenes, pack.about), origin=origin)
+            setting = denoiser.setting(sigma, 0.5, conditions(scenes, pack.about), origin=origin)
             window, values = torch.zeros(8, 3, 32, 32), torch.zeros(8 * 60, 3)
-            _, mass = _gathered(denoiser, window, corners, setting, 128, _scatter(points), values, scenes)
+            _, mass = _gathered(denoiser, window, scenes.windows, setting, 128, _scatter(scenes.points), values, scenes)
             total, count = total + mass[..., 0].sum(0), count + 8
     expected = nodes(splat(torch.ones(1, 16, 16, 1), 4))[0, ..., 0]
     assert (total / count).sum().item() == pytest.approx(256, rel=0.015)
@@ -484,11 +483,11 @@ def test_a_batch_is_a_function_of_its_generator(pack: TrainingPack) -> None:
 
 def test_conditions_are_standardised_and_absent_as_the_brush_reads_them(pack: TrainingPack) -> None:
     scenes = CoordinateSampler(pack, shares=(1, 0, 0, 0, 0), sizes=(128,) * 5, window=32, points=4).draw(0, 3)
-    maps: list[ConditionMap] = _maps(scenes, pack.about)
+    maps: list[ConditionMap] = conditions(scenes, pack.about)
     assert [lattice.cell for lattice in maps] == [32.0, 128.0, 512.0]
     for lattice, (pitch, (values, present, corner, _)) in zip(maps, sorted(scenes.maps.items()), strict=True):
         moments = pack.about["embeddings"][f"{pitch:g}"]
-        expected = (values - moments["mean"]) / moments["std"] * present[..., None]
+        expected = (values.numpy() - moments["mean"]) / moments["std"] * present.numpy()[..., None]
         np.testing.assert_allclose(lattice.values.numpy(), expected, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal(lattice.present.numpy(), present)
         np.testing.assert_array_equal(lattice.corner.numpy(), corner)

@@ -30,10 +30,11 @@ class ConditionMap:
         rows, columns = (torch.arange(size, device=self.corner.device) + 0.5 for size in self.values.shape[1:3])
         return self.corner[:, :1] + rows * self.cell, self.corner[:, 1:] + columns * self.cell
 
-    def in_cells(self, rows: Tensor, columns: Tensor, scene: int) -> tuple[Tensor, Tensor]:
-        """Pixels of a scene as positions on the lattice, 0 at the first cell's centre."""
-        corner = self.corner[scene]
-        return (rows - corner[0]) / self.cell - 0.5, (columns - corner[1]) / self.cell - 0.5
+    def in_cells(self, rows: Tensor, columns: Tensor, scene: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pixels as positions on the lattice, 0 at the first cell's centre: (n or 1, ...) of every scene, or each of
+        its own `scene`."""
+        top, left = _axes(self.corner, rows, scene)
+        return (rows - top) / self.cell - 0.5, (columns - left) / self.cell - 0.5
 
 
 @dataclass(frozen=True)
@@ -52,30 +53,30 @@ class Setting:
     memory: list[Tensor]
 
     def read(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """`read_scene` of every scene: (n, len(rows), len(columns), channels)."""
-        return torch.stack([self.read_scene(rows, columns, scene) for scene in range(len(self.signal))])
+        """The sum of the embeddings at outer products of rows (n or 1, R) and columns (n or 1, C), in pixels:
+        (n, R, C, channels)."""
+        read = zip(self.tables, self.maps, strict=True)
+        return torch.as_tensor(sum(interpolate(table, *lattice.in_cells(rows, columns)) for table, lattice in read))
 
-    def read_scene(self, rows: Tensor, columns: Tensor, scene: int) -> Tensor:
-        """The sum of the embeddings at the outer product of rows and columns, in pixels."""
-        total = torch.zeros(len(rows), len(columns), self.tables[0].shape[-1], device=rows.device)
-        for table, lattice in zip(self.tables, self.maps, strict=True):
-            total = total + interpolate(table[scene], *lattice.in_cells(rows, columns, scene))
-        return total
-
-    def read_points(self, rows: Tensor, columns: Tensor, scene: int) -> Tensor:
-        """The same at paired rows and columns: (points, channels)."""
-        found = [
-            interpolate_at(table[scene], *lattice.in_cells(rows, columns, scene))
-            for table, lattice in zip(self.tables, self.maps, strict=True)
-        ]
-        return torch.as_tensor(sum(found))
-
-    def places(self, rows: Tensor, columns: Tensor, scene: int) -> Tensor:
-        """Positional features at the outer product of rows and columns, in pixels: (rows, columns, PLACES)."""
-        return self.places_of_points(rows[:, None] + 0 * columns, 0 * rows[:, None] + columns, scene)
-
-    def places_of_points(self, rows: Tensor, columns: Tensor, scene: int) -> Tensor:
-        """Positional features of paired rows and columns: (..., PLACES)."""
-        return positional(
-            self.origin[scene, 0] + rows.double() * self.mpp, self.origin[scene, 1] + columns.double() * self.mpp
+    def read_points(self, rows: Tensor, columns: Tensor, scene: Tensor) -> Tensor:
+        """The same at paired rows and columns, each of its own scene: (points, channels)."""
+        read = zip(self.tables, self.maps, strict=True)
+        return torch.as_tensor(
+            sum(interpolate_at(table, *lattice.in_cells(rows, columns, scene), scene) for table, lattice in read)
         )
+
+    def places(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Positional features at outer products of rows (n or 1, R) and columns (n or 1, C): (n, R, C, PLACES)."""
+        rows, columns = rows[:, :, None], columns[:, None]
+        return self.places_of_points(rows + 0 * columns, 0 * rows + columns)
+
+    def places_of_points(self, rows: Tensor, columns: Tensor, scene: Tensor | None = None) -> Tensor:
+        """Positional features of paired rows and columns, as `ConditionMap.in_cells` takes them: (..., PLACES)."""
+        top, left = _axes(self.origin, rows, scene)
+        return positional(top + rows.double() * self.mpp, left + columns.double() * self.mpp)
+
+
+def _axes(corner: Tensor, rows: Tensor, scene: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two parts of corners (n, 2), shaped so that they go with `rows` of every scene, or of each its own."""
+    corner = (corner if scene is None else corner[scene]).reshape(-1, *[1] * (rows.ndim - 1), 2)
+    return corner[..., 0], corner[..., 1]

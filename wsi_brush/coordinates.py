@@ -16,11 +16,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 import zarr
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .commit import read_manifest, staged
 from .embed import PITCHES, TileEncoder, embed_region
@@ -154,9 +156,9 @@ class Packed:
 
 
 class TrainingPack:
-    """A pack that was built; images stay on disk (zarr) unless `in_memory`."""
+    """A pack that was built; images stay on disk (zarr) unless `in_memory`, or in the memory of a `device`."""
 
-    def __init__(self, path: Path, *, in_memory: bool = False) -> None:
+    def __init__(self, path: Path, *, in_memory: bool = False, device: torch.device | None = None) -> None:
         """Raises:
         RefusedError: if there is no finished pack at `path`.
         """
@@ -170,7 +172,9 @@ class TrainingPack:
             images: dict[float, Any] = {}
             for pitch in manifest["pitches"]:
                 array = root[f"{number}/image/{pitch:g}"]
-                images[pitch] = array[...] if in_memory else array  # type: ignore[index]
+                images[pitch] = array[...] if in_memory or device is not None else array  # type: ignore[index]
+                if device is not None:
+                    images[pitch] = torch.from_numpy(images[pitch]).to(device)
             embeddings = {mpp: np.asarray(root[f"{number}/embedding/{mpp:g}"][...]) for mpp in PITCHES}  # type: ignore[index]
             self.slides.append(Packed(images, embeddings, np.asarray(root[f"{number}/tissue"][...])))  # type: ignore[index]
 
@@ -185,11 +189,11 @@ class Scenes:
     """
 
     mpp: float
-    images: NDArray[np.float32]
-    maps: dict[float, tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], float]]
-    windows: NDArray[np.int64]
+    images: Tensor
+    maps: dict[float, tuple[Tensor, Tensor, Tensor, float]]
+    windows: Tensor
     window: int
-    points: NDArray[np.int64]
+    points: Tensor
     weight: float
 
 
@@ -197,7 +201,8 @@ class CoordinateSampler:
     """Endless draws of scenes from a pack.
 
     shares: probability of each pitch; sizes: side of a scene at each pitch, pixels, a multiple of 32; window: side of
-    the contiguous window, a multiple of 32; points: scattered points a scene.
+    the contiguous window, a multiple of 32; points: scattered points a scene; device: where the scenes are wanted, and
+    the pack's images are.
     """
 
     def __init__(
@@ -210,13 +215,14 @@ class CoordinateSampler:
         points: int,
         seed: int = 0,
         held_out: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Raises:
         UsageError: if no slide has room for a scene of some pitch.
         """
         self._pack, self._window, self._count, self._seed = pack, window, points, seed
         self._pitches = tuple(pack.about["pitches"])
-        self._tile = pack.about["tile"]
+        self._tile, self._device = pack.about["tile"], torch.device(device)
         self._shares = np.asarray(shares) / np.sum(shares)
         self._sizes = dict(zip(self._pitches, sizes, strict=True))
         self._held_out = held_out
@@ -226,6 +232,7 @@ class CoordinateSampler:
                 raise UsageError(
                     f"no slide has {self._sizes[pitch]} x {self._sizes[pitch]} pixels at {pitch:g} µm to train on"
                 )
+        self._cells = {pitch: _Cells.of([s.embeddings[pitch] for s in pack.slides], self._device) for pitch in PITCHES}
 
     def _span(self, width: int) -> tuple[int, int]:
         edge = int(width * self._pack.about["until"])
@@ -249,76 +256,118 @@ class CoordinateSampler:
         """The scenes of a step; the pitch is drawn unless given."""
         rng = np.random.default_rng([self._seed, step])
         mpp = float(rng.choice(self._pitches, p=self._shares)) if mpp is None else mpp
-        size, room = self._sizes[mpp], self._room[mpp]
-        odds = np.sqrt([len(cells) for _, cells in room])
-        images = np.empty((batch, 3, size, size), np.float32)
-        parts: dict[float, list[tuple[NDArray[Any], ...]]] = {pitch: [] for pitch in PITCHES}
-        windows = np.empty((batch, 2), np.int64)
-        points = np.empty((batch, self._count, 2), np.int64)
-        for index in range(batch):
-            number, cells = room[rng.choice(len(room), p=odds / odds.sum())]
-            slide = self._pack.slides[number]
-            top, left = self._place(rng, slide, cells, mpp, size)
-            turn = int(rng.integers(8))
-            pixels = np.asarray(slide.images[mpp][top : top + size, left : left + size], np.float32)
-            images[index] = turned(pixels, turn).transpose(2, 0, 1) / 127.5 - 1
-            for pitch, values in slide.embeddings.items():
-                parts[pitch].append(_map_of(values, top, left, size, self._tile * pitch / mpp, turn))
-            windows[index] = rng.integers(0, (size - self._window) // 32 + 1, 2) * 32
-            points[index] = self._scatter(rng, windows[index], size)
-        maps: dict[float, tuple[NDArray[Any], NDArray[Any], NDArray[Any], float]] = {}
-        for pitch, rows in parts.items():
-            values, present, corner = (np.stack(column) for column in zip(*rows, strict=True))
-            maps[pitch] = (values, present, corner, self._tile * pitch / mpp)
+        size = self._sizes[mpp]
+        slides, corners = self._places(rng, mpp, size, batch)
+        turns = rng.integers(8, size=batch)
+        images = torch.stack(
+            [
+                turned(self._part(mpp, slide, top, left, size), int(turn))
+                for slide, (top, left), turn in zip(slides.tolist(), corners.tolist(), turns, strict=True)
+            ]
+        )
+        windows = rng.integers(0, (size - self._window) // 32 + 1, (batch, 2)) * 32
+        points = torch.from_numpy(self._scatter(rng, windows, size)).to(self._device)
+        maps = {
+            pitch: cells.around(slides, corners, size, self._tile * pitch / mpp, turns)
+            for pitch, cells in self._cells.items()
+        }
         outside = size * size - self._window**2
-        return Scenes(mpp, images, maps, windows, self._window, points, outside / self._count if self._count else 0.0)
+        weight = outside / self._count if self._count else 0.0
+        images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return Scenes(mpp, images, maps, torch.from_numpy(windows), self._window, points, weight)
 
-    def _place(
-        self, rng: np.random.Generator, slide: Packed, cells: NDArray[np.int64], mpp: float, size: int
-    ) -> tuple[int, int]:
-        """A corner near a random tissue cell, so that the scene stays in the slide's part."""
-        height, width = slide.images[mpp].shape[:2]
-        first, last = self._span(width)
-        centre = (cells[rng.integers(len(cells))] + rng.random(2)) * self._pitches[-1] / mpp
-        corner = np.rint(centre - size / 2 + rng.uniform(-0.4, 0.4, 2) * size).astype(int)
-        return int(np.clip(corner[0], 0, height - size)), int(np.clip(corner[1], first, last - size))
+    def _part(self, mpp: float, slide: int, top: int, left: int, size: int) -> Tensor:
+        """A scene's pixels, (size, size, 3)."""
+        part = self._pack.slides[slide].images[mpp][top : top + size, left : left + size]
+        return part if isinstance(part, Tensor) else torch.from_numpy(part)
 
-    def _scatter(self, rng: np.random.Generator, window: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-        """Distinct places outside the window, uniform; none where the window is the scene."""
-        if not self._count or size == self._window:
-            return np.zeros((self._count, 2), np.int64)
-        inside = np.zeros((size, size), bool)
-        inside[window[0] : window[0] + self._window, window[1] : window[1] + self._window] = True
-        free = np.flatnonzero(~inside)
-        return np.stack(np.unravel_index(rng.choice(free, self._count, replace=False), (size, size)), -1)
+    def _places(
+        self, rng: np.random.Generator, mpp: float, size: int, batch: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Slides (batch,), and corners (batch, 2) near random tissue cells, so that scenes stay in the slides' part."""
+        room = self._room[mpp]
+        odds = np.sqrt([len(cells) for _, cells in room])
+        chosen, picks = rng.choice(len(room), batch, p=odds / odds.sum()), rng.random(batch)
+        cells = np.stack(
+            [room[index][1][int(pick * len(room[index][1]))] for index, pick in zip(chosen, picks, strict=True)]
+        )
+        slides = np.array([room[index][0] for index in chosen])
+        centre = (cells + rng.random((batch, 2))) * self._pitches[-1] / mpp
+        corner = np.rint(centre - size / 2 + rng.uniform(-0.4, 0.4, (batch, 2)) * size)
+        shapes = np.array([self._pack.slides[slide].images[mpp].shape[:2] for slide in slides])
+        spans = np.array([self._span(int(width)) for width in shapes[:, 1]])
+        least = np.stack([np.zeros(batch), spans[:, 0]], 1)
+        most = np.stack([shapes[:, 0], spans[:, 1]], 1) - size
+        return slides, np.clip(corner, least, most).astype(np.int64)
+
+    def _scatter(self, rng: np.random.Generator, windows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Distinct places outside each window, (n, k, 2), uniform; none where the window is the scene."""
+        side = self._window
+        if not self._count or size == side:
+            return np.zeros((len(windows), self._count, 2), np.int64)
+        outside = size * size - side * side
+        index = np.stack([rng.choice(outside, self._count, replace=False, shuffle=False) for _ in windows])
+        top, left = windows[:, :1], windows[:, 1:]
+        # in raster order: the rows above the window, those beside it, those below
+        beside, below = index - top * size, index - top * size - side * (size - side)
+        column = beside % (size - side)
+        rows = np.where(
+            beside < 0, index // size, np.where(below < 0, top + beside // (size - side), top + side + below // size)
+        )
+        across = np.where(below < 0, column + side * (column >= left), below % size)
+        return np.stack([rows, np.where(beside < 0, index % size, across)], -1)
 
 
-def turned(image: NDArray[Any], turn: int) -> NDArray[Any]:
+Picture = TypeVar("Picture", NDArray[Any], Tensor)
+
+
+def turned(image: Picture, turn: int) -> Picture:
     """One of the eight symmetries of the square, on two axes first: flip rows (1), flip columns (2), transpose (4)."""
-    if turn & 1:
-        image = image[::-1]
-    if turn & 2:
-        image = image[:, ::-1]
+    axes = tuple(axis for axis in (0, 1) if turn >> axis & 1)
+    if isinstance(image, Tensor):
+        image = image.flip(axes) if axes else image
+    elif axes:
+        image = np.flip(image, axes)
     return image.swapaxes(0, 1) if turn & 4 else image
 
 
-def _map_of(
-    values: NDArray[np.float16], top: int, left: int, size: int, cell: float, turn: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """The cells that bilinear reading inside a scene touches: values, presence, corner in the turned scene's pixels."""
-    count = math.ceil(size / cell) + 2
-    first = [math.floor(edge / cell - 0.5) for edge in (top, left)]
-    rows, columns = (np.arange(start, start + count) for start in first)
-    inside = ((rows >= 0) & (rows < values.shape[0]))[:, None] & ((columns >= 0) & (columns < values.shape[1]))
-    found = values[rows.clip(0, values.shape[0] - 1)][:, columns.clip(0, values.shape[1] - 1)].astype(np.float32)
-    present = inside & np.isfinite(found[..., 0])
-    found = np.where(present[..., None], found, 0)
-    corner = np.array([first[0] * cell - top, first[1] * cell - left], np.float32)
-    end = corner + count * cell
-    if turn & 1:
-        corner[0] = size - end[0]
-    if turn & 2:
-        corner[1] = size - end[1]
-    if turn & 4:
-        corner = corner[::-1].copy()
-    return np.ascontiguousarray(turned(found, turn)), np.ascontiguousarray(turned(present, turn), np.float32), corner
+@dataclass(frozen=True)
+class _Cells:
+    """The embeddings of all slides at one pitch: rows of `values`, the last one for where there is none; `shapes`
+    (slides, 2) in cells, `starts` (slides,) rows."""
+
+    values: Tensor
+    shapes: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    @staticmethod
+    def of(slides: Sequence[NDArray[np.float16]], device: torch.device) -> _Cells:
+        shapes = np.array([values.shape[:2] for values in slides])
+        parts = [values.reshape(-1, values.shape[-1]) for values in slides]
+        absent = np.full((1, slides[0].shape[-1]), np.nan, np.float16)
+        starts = np.cumsum([0, *(len(part) for part in parts)])[:-1]
+        return _Cells(torch.from_numpy(np.concatenate([*parts, absent])).to(device), shapes, starts)
+
+    def around(
+        self, slides: NDArray[np.int64], corners: NDArray[np.int64], size: int, cell: float, turns: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """What bilinear reading inside turned scenes touches: values and presence of cells, corners in the scenes'
+        pixels, a cell's side in pixels."""
+        count = math.ceil(size / cell) + 2
+        first = np.floor(corners / cell - 0.5)
+        lines = first[..., None].astype(int) + np.arange(count)  # (n, 2, count)
+        corner = first * cell - corners
+        back = (turns[:, None] >> np.arange(2) & 1).astype(bool)
+        lines = np.where(back[..., None], lines[..., ::-1], lines)
+        corner = np.where(back, size - corner - count * cell, corner)
+        inside = (lines >= 0) & (lines < self.shapes[slides][..., None])
+        index = (self.starts[slides, None] + lines[:, 0] * self.shapes[slides, 1:])[:, :, None] + lines[:, 1, None]
+        index = np.where(inside[:, 0, :, None] & inside[:, 1, None], index, len(self.values) - 1)
+        across = (turns & 4).astype(bool)
+        index = np.where(across[:, None, None], index.swapaxes(1, 2), index)
+        corner = np.where(across[:, None], corner[:, ::-1], corner).astype(np.float32)
+        device = self.values.device
+        values = self.values[torch.from_numpy(index).to(device)].float()
+        present = values[..., 0].isfinite()
+        values = values.where(present[..., None], 0.0)
+        return values, present.float(), torch.from_numpy(corner).to(device), cell

@@ -172,15 +172,14 @@ class Denoiser(nn.Module):
         tables = []
         for index, (project, lattice) in enumerate(zip(self.embed, condition, strict=True)):
             present = lattice.present[..., None]
-            table = torch.lerp(self.absent[index].expand(*present.shape[:-1], -1), project(lattice.values), present)
+            told = project(lattice.values).to(present)
+            table = torch.lerp(self.absent[index].expand_as(told), told, present)
             if known is not None:
                 table = torch.lerp(self.unknown[index].expand_as(table), table, known[:, None, None, None])
             tables.append(table)
         setting = Setting(self.signal(signal_of(sigma, mpp)), mpp, origin, tables, condition, [])
         for table, lattice in zip(tables, condition, strict=True):
-            rows, columns = lattice.centres()
-            place = torch.stack([setting.places(rows[s], columns[s], s) for s in range(len(rows))])
-            setting.memory.append((table + self.place(place)).flatten(1, 2))
+            setting.memory.append((table + self.place(setting.places(*lattice.centres()))).flatten(1, 2))
         return setting
 
     def at(self, setting: Setting, sigma: Tensor) -> Setting:
@@ -243,12 +242,11 @@ class Denoiser(nn.Module):
 
     def layout_near(self, total: Tensor, mass: Tensor, setting: Setting, *, row: int = 0) -> tuple[Tensor, Tensor]:
         """What nodes know of their neighbours: rows from `row` on of the sums and mass -> features and places."""
-        at_rows = (row + torch.arange(total.shape[1], device=total.device)) * float(NODE)
-        at_columns = torch.arange(total.shape[2], device=total.device) * float(NODE)
+        at_rows = (row + torch.arange(total.shape[1], device=total.device)[None]) * float(NODE)
+        at_columns = torch.arange(total.shape[2], device=total.device)[None] * float(NODE)
         u = self.layout_in(total / mass.clamp_min(1e-6)) + setting.read(at_rows, at_columns)
         u = through(self.layout_blocks[: self.layout_halo[0]], u, setting.signal)
-        places = [setting.places(at_rows, at_columns, scene) for scene in range(len(total))]
-        return u, self.place(torch.stack(places))
+        return u, self.place(setting.places(at_rows, at_columns))
 
     def layout_far(self, u: Tensor, place: Tensor, sums: Tensor, memory: list[Tensor], setting: Setting) -> Tensor:
         """And of all others: `sums` over all nodes, `memory` of the condition."""
@@ -313,14 +311,12 @@ class Denoiser(nn.Module):
         self, setting: Setting, grid: Tensor, deep: Tensor, *, corner: tuple[Tensor, Tensor], node: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """What the cells at 8 pixels are told, by embeddings and layout, and their places as features."""
-        rows, columns = ((torch.arange(size, device=deep.device) + 0.5) * CELL for size in deep.shape[1:3])
-        reads, places, gathered = [], [], []
-        for scene in range(len(deep)):
-            at_rows, at_columns = rows + corner[0][scene], columns + corner[1][scene]
-            reads.append(setting.read_scene(at_rows, at_columns, scene))
-            places.append(setting.places(at_rows, at_columns, scene))
-            gathered.append(interpolate(grid[scene], at_rows / NODE - node[0], at_columns / NODE - node[1]))
-        return torch.stack(reads) + self.gather(torch.stack(gathered)), self.place(torch.stack(places))
+        rows, columns = (
+            (torch.arange(size, device=deep.device) + 0.5) * CELL + start[:, None]
+            for size, start in zip(deep.shape[1:3], corner, strict=True)
+        )
+        gathered = interpolate(grid, rows / NODE - node[0], columns / NODE - node[1])
+        return setting.read(rows, columns) + self.gather(gathered), self.place(setting.places(rows, columns))
 
     def keep(self, mid: Tensor, risen: Tensor, around: Around) -> Tensor:
         """What the level of 8 pixels and the way up added at 4 pixels, for `retouch`: from `descend` and `rise`."""
@@ -340,18 +336,12 @@ class Denoiser(nn.Module):
     def paint_points(self, u: Tensor, scatter: Scatter, setting: Setting, grid: Tensor, memory: list[Tensor]) -> Tensor:
         """F at scattered points: mollified values (points, 3) -> (points, 3)."""
         cells = scatter.levels[-1]
-        read, place, layout = (
-            u.new_zeros(len(cells.keys), width) for width in (grid.shape[-1], PLACES, grid.shape[-1])
-        )
-        for scene in range(len(grid)):
-            mine = (cells.scene == scene).nonzero()[:, 0]
-            rows, columns = ((at[mine] + 0.5) * CELL for at in (cells.rows, cells.columns))
-            read = read.index_copy(0, mine, setting.read_points(rows, columns, scene))
-            place = place.index_copy(0, mine, setting.places_of_points(rows, columns, scene))
-            layout = layout.index_copy(0, mine, interpolate_at(grid[scene], rows / NODE, columns / NODE))
+        rows, columns, scene = (cells.rows + 0.5) * CELL, (cells.columns + 0.5) * CELL, cells.scene
+        layout = interpolate_at(grid, rows / NODE, columns / NODE, scene)
+        given = setting.read_points(rows, columns, scene) + self.gather(layout)
+        place = self.place(setting.places_of_points(rows, columns, scene))
         fine, mid = self._down(self.enter2(u, scatter.levels[0]), setting, scatter)
-        given, deep = read + self.gather(layout), self.enter8(mid, cells)
-        mid = self._up(mid, deep, setting, given, self.place(place), memory, scatter)
+        mid = self._up(mid, self.enter8(mid, cells), setting, given, place, memory, scatter)
         return self._out(fine, mid, setting, scatter)
 
     def _down(self, fine: Tensor, setting: Setting, scatter: Scatter | None = None) -> tuple[Tensor, Tensor]:

@@ -355,8 +355,12 @@ class CrossAttention(nn.Module):
 def attend(query: Tensor, sums: Tensor, cells: Cells | None = None) -> Tensor:
     """(q S) / (q n) for softmaxed queries (n, ..., heads, d) of a lattice or (points, heads, d) of a scatter."""
     if cells is not None:
-        parts = query.split(torch.bincount(cells.scene, minlength=len(sums)).tolist())  # cells are sorted by scene
-        found = torch.cat([torch.einsum("phd,hde->phe", part, kept) for part, kept in zip(parts, sums, strict=True)])
+        count = torch.bincount(cells.scene, minlength=len(sums))  # cells are sorted by scene
+        row = torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[cells.scene]
+        size = int(count.max())
+        room = query.new_zeros(len(sums) * size, *query.shape[1:]).index_copy(0, cells.scene * size + row, query)
+        found = torch.einsum("nphd,nhde->nphe", room.unflatten(0, (len(sums), size)), sums).flatten(0, 1)
+        found = rows_of(found, cells.scene * size + row)
     else:
         found = torch.einsum("n...hd,nhde->n...he", query, sums)
     return found[..., :-1] / found[..., -1:]

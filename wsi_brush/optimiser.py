@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """About U Vᵀ of the singular value decomposition U S Vᵀ of each matrix of (..., rows, columns).
+    """About U Vᵀ of the singular value decomposition U S Vᵀ of each matrix of (n, rows, columns).
 
     Newton-Schulz iteration: singular values end between 0.7 and 1.2, which does as well as 1 and needs no
     decomposition.
@@ -57,7 +57,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     first, third, fifth = _COEFFICIENTS
     for _ in range(_ROUNDS):
         square = x @ x.mT
-        x = first * x + (third * square + fifth * square @ square) @ x
+        inner = torch.baddbmm(square, square, square, beta=third, alpha=fifth)
+        x = torch.baddbmm(x, inner, x, beta=first)
     found: Tensor = x.mT if tall else x
     return found
 

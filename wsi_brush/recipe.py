@@ -24,6 +24,7 @@ from .baselines import OURS, system_class
 from .coordinates import LADDER
 from .diffusion import Objective
 from .errors import UsageError
+from .machine import Precision
 
 
 class _Strict(BaseModel):
@@ -132,6 +133,7 @@ class Optimisation(_Strict):
     margin: float = 1.5  # noise levels are drawn this factor beyond those that the solver visits
     seed: int = 0
     start: str | None = None  # a brush to start from, instead of from nothing: "bundled" or a folder
+    precision: Precision = "float32"  # of products
     threads: int = 0
     checkpoint_minutes: float = 3.0
 

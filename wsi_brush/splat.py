@@ -15,24 +15,30 @@ from .operators import rows_of
 
 
 def interpolate(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Bilinear reading of a lattice (r, c, channels) at the outer product of row and column positions, in cells.
+    """Bilinear reading of lattices (n, r, c, channels) at outer products of row and column positions, in cells.
 
-    Position 0 is the centre of the first cell; beyond the outer centres the edge is continued. Returns (len(rows),
-    len(columns), channels). Written as two lerps by index, so a value does not depend on the window it is read in.
+    rows, columns: (n, R) and (n, C), or one row of either for all. Position 0 is the centre of the first cell; beyond
+    the outer centres the edge is continued. Returns (n, R, C, channels). Written as two lerps by index, so a value does
+    not depend on the window it is read in.
     """
-    low, high, weight = _bracket(rows, table.shape[0])
-    table = torch.lerp(table.index_select(0, low), table.index_select(0, high), weight[:, None, None])
-    low, high, weight = _bracket(columns, table.shape[1])
-    return torch.lerp(table.index_select(1, low), table.index_select(1, high), weight[None, :, None])
+    n, height, width, _ = table.shape
+    low, high, weight = _bracket(rows.expand(n, -1), height)
+    first, flat = height * torch.arange(n, device=rows.device)[:, None], table.flatten(0, 1)
+    table = torch.lerp(rows_of(flat, first + low), rows_of(flat, first + high), weight[..., None, None])
+    low, high, weight = _bracket(columns.expand(n, -1)[:, None], width)
+    first = width * torch.arange(table.shape[0] * table.shape[1], device=rows.device).view(n, -1, 1)
+    flat = table.flatten(0, 2)
+    return torch.lerp(rows_of(flat, first + low), rows_of(flat, first + high), weight[..., None])
 
 
-def interpolate_at(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """`interpolate` at paired positions: (points, channels)."""
-    top, bottom, down = _bracket(rows, table.shape[0])
-    left, right, across = _bracket(columns, table.shape[1])
-    width, flat = table.shape[1], table.flatten(0, 1)
-    first = torch.lerp(rows_of(flat, top * width + left), rows_of(flat, bottom * width + left), down[:, None])
-    second = torch.lerp(rows_of(flat, top * width + right), rows_of(flat, bottom * width + right), down[:, None])
+def interpolate_at(table: Tensor, rows: Tensor, columns: Tensor, scene: Tensor) -> Tensor:
+    """`interpolate` at paired positions, each on the lattice of its `scene`: (points, channels)."""
+    _, height, width, _ = table.shape
+    top, bottom, down = _bracket(rows, height)
+    left, right, across = _bracket(columns, width)
+    flat, upper, lower = table.flatten(0, 2), (scene * height + top) * width, (scene * height + bottom) * width
+    first = torch.lerp(rows_of(flat, upper + left), rows_of(flat, lower + left), down[:, None])
+    second = torch.lerp(rows_of(flat, upper + right), rows_of(flat, lower + right), down[:, None])
     return torch.lerp(first, second, across[:, None])
 
 

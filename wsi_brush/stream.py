@@ -270,10 +270,10 @@ class _Asked:
 
     def rise(self, mid: Tensor, deep: Tensor, grid: Tensor, window: Grid, tile: Grid) -> Tensor:
         """The way up in a tile, to 4 pixels, from the features of a window that its halo surrounds."""
-        corner = (torch.tensor([float(window.top)]), torch.tensor([float(window.left)]))  # read as numbers: no device's
+        top, left = (torch.full((1,), float(edge), device=deep.device) for edge in (window.top, window.left))
         node = window.top // NODE, window.left // NODE
         return self._net.rise(
-            mid, deep, self.setting, grid, self.memory, corner=corner, node=node, around=_around(tile, window)
+            mid, deep, self.setting, grid, self.memory, corner=(top, left), node=node, around=_around(tile, window)
         )
 
 

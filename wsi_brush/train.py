@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +24,12 @@ from .baselines import System, build
 from .brush import Brush, load_brush, save_brush
 from .commit import check_target, fingerprint, read_manifest, sha256_of, write_json
 from .coordinates import KIND as PACK
-from .coordinates import CoordinateSampler, TrainingPack, build_pack
+from .coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
 from .denoiser import Denoiser, DenoiserConfig
 from .diffusion import Ladder
 from .encoder import load_encoder
 from .errors import MachineError, RefusedError, UsageError
+from .machine import check_precision, find_device, products
 from .objective import losses
 from .optimiser import optimisers
 from .recipe import Data, Model, Rival, TrainConfig
@@ -36,12 +37,16 @@ from .scratch import hold
 from .slide import open_slide
 
 Tell = Callable[[str], None]
+CPU = torch.device("cpu")
 
 
 def train_brush(
-    config: TrainConfig, target: Path, *, work: Path, slides: Path = Path(), overwrite: bool = False, tell: Tell = print
-) -> Brush:
+    config: TrainConfig, target: Path, *, work: Path, slides: Path = Path(), device: str = "cpu",
+    overwrite: bool = False, tell: Tell = print,
+) -> Brush:  # fmt: skip
     """Train a brush into the folder `target`; pack and checkpoints live in `work`. Paths are relative to `slides`.
+
+    device: as PyTorch names it; on a GPU matrix products are TF32, and the images are held there.
 
     Raises:
         UsageError, SlideError, RefusedError, MachineError: one line each.
@@ -49,18 +54,23 @@ def train_brush(
     check_target(target, kind="brush", overwrite=overwrite)
     lock = hold(work, target)
     try:
-        return _trained(config, target, work, slides, overwrite=overwrite, tell=tell)
+        return _trained(config, target, work, slides, find_device(device), overwrite=overwrite, tell=tell)
     except SafetensorError as error:
         raise MachineError(f"{work}: cannot be written to ({error}); free some space and run again") from None
     finally:
         os.close(lock)
 
 
-def _trained(config: TrainConfig, target: Path, work: Path, slides: Path, *, overwrite: bool, tell: Tell) -> Brush:
+def _trained(
+    config: TrainConfig, target: Path, work: Path, slides: Path, device: torch.device, *, overwrite: bool, tell: Tell
+) -> Brush:
     if config.optimisation.threads:
         torch.set_num_threads(config.optimisation.threads)
-    pack = _pack(config.data, work, slides, tell)
-    run = Training(config, pack, work)
+    check_precision(config.optimisation.precision, device)
+    if device.type != "cpu":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    pack = _pack(config.data, work, slides, tell, device)
+    run = Training(config, pack, work, device)
     run.resume(tell)
     while not run.over:
         value = run.step()
@@ -76,10 +86,10 @@ def _trained(config: TrainConfig, target: Path, work: Path, slides: Path, *, ove
     return brush
 
 
-def _pack(data: Data, work: Path, slides: Path, tell: Tell) -> TrainingPack:
+def _pack(data: Data, work: Path, slides: Path, tell: Tell, device: torch.device = CPU) -> TrainingPack:
     path = work / "pack"
     sources = [source.model_dump() for source in data.slides]
-    encoder = load_encoder(data.encoder)
+    encoder = load_encoder(data.encoder, device=str(device))
     found = read_manifest(path) if path.is_dir() else None
     if found is None:
         tell(f"decoding and embedding {len(data.slides)} slides into {path}")
@@ -88,7 +98,7 @@ def _pack(data: Data, work: Path, slides: Path, tell: Tell) -> TrainingPack:
         build_pack(opened, path, encoder=encoder, sources=sources)
     elif found.get("kind") != PACK or found["fingerprint"] != encoder.fingerprint or found.get("sources") != sources:
         raise RefusedError(f"{path}: made with another encoder or other slides; remove it or choose another --work")
-    return TrainingPack(path, in_memory=data.in_memory)
+    return TrainingPack(path, in_memory=data.in_memory, device=None if device.type == "cpu" else device)
 
 
 def _network(model: Model | Rival, dim: int) -> Denoiser | System:
@@ -98,7 +108,10 @@ def _network(model: Model | Rival, dim: int) -> Denoiser | System:
 
 
 def _losses(network: Denoiser | System, *given: Any) -> tuple[Tensor, Tensor]:
-    return network.losses(*given) if isinstance(network, System) else losses(network, *given)
+    if not isinstance(network, System):
+        return losses(network, *given)
+    with next(network.parameters()).device:  # theirs make their tensors where they are told to
+        return network.losses(*given)
 
 
 def _start_from(brush: Brush, denoiser: Denoiser | System) -> None:
@@ -117,21 +130,25 @@ def _start_from(brush: Brush, denoiser: Denoiser | System) -> None:
 class Training:
     """Weights, their average, the optimiser, and the clock of a training run."""
 
-    def __init__(self, config: TrainConfig, pack: TrainingPack, work: Path) -> None:
-        self.config, self.pack, self.work = config, pack, work
+    def __init__(self, config: TrainConfig, pack: TrainingPack, work: Path, device: torch.device = CPU) -> None:
+        self.config, self.pack, self.work, self.device = config, pack, work, device
         o = config.optimisation
         torch.manual_seed(o.seed)
         self.denoiser = _network(config.model, pack.about["dim"])
         if o.start is not None:
             _start_from(load_brush(o.start), self.denoiser)
+        self.denoiser.to(device)
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False)
         self.optimisers = optimisers(self.denoiser, rate=o.rate, decay=o.decay)
         pitches, details = (tuple(pack.about[name]) for name in ("pitches", "details"))
         self.ladder = Ladder(pitches, details, tolerance=o.tolerance, sigma_min=o.sigma_min)
         sizes = {"shares": config.data.shares, "sizes": config.data.sizes, "window": config.data.window}
-        self.sampler = CoordinateSampler(pack, **sizes, points=config.data.points, seed=o.seed)  # type: ignore[arg-type]
+        self.sampler = CoordinateSampler(pack, **sizes, points=config.data.points, seed=o.seed, device=device)  # type: ignore[arg-type]
         self._side_by_side: ThreadPoolExecutor | None = None
-        if o.shards > 1:  # tensors are small: threads inside an operator would wait for each other more than work
+        self._ahead: tuple[int, Future[Scenes]] | None = None
+        if device.type != "cpu":  # it waits for nothing while the next scenes are drawn
+            self._drawing = ThreadPoolExecutor(1)
+        elif o.shards > 1:  # tensors are small: threads inside an operator would wait for each other more than work
             self._side_by_side = ThreadPoolExecutor(o.shards, initializer=torch.set_num_threads, initargs=(1,))
         self.number, self.seconds, self.saved, self.rate = 0, 0.0, 0.0, 0.0
         self._clock = time.monotonic()
@@ -161,13 +178,14 @@ class Training:
         """
         o = self.config.optimisation
         if self._side_by_side is None:
-            shards = [self._shard(0)]
+            shards = [self._shard(index) for index in range(o.shards)]
         else:
             shards = list(self._side_by_side.map(self._shard, range(o.shards)))
         value = sum(window for window, _ in shards) / o.shards
         for parameter, *parts in zip(self.denoiser.parameters(), *(gradient for _, gradient in shards), strict=True):
             there = [part for part in parts if part is not None]  # what no shard used is left alone
-            parameter.grad = torch.stack(there).sum(0) / o.shards if there else None
+            one = there[0] if there and o.shards == 1 else None
+            parameter.grad = torch.stack(there).sum(0) / o.shards if there and one is None else one
         norm = torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), o.clip)
         if not torch.isfinite(norm):  # a finite loss can have such a gradient; every weight would be lost, then saved
             raise MachineError(
@@ -191,39 +209,58 @@ class Training:
         """Loss on the windows and gradient of one batch: a pure function of the weights, the step and the shard."""
         o = self.config.optimisation
         place = self.number * o.shards + shard
-        generator = torch.Generator().manual_seed(o.seed * 1_000_003 + place)
-        scenes = self.sampler.draw(place, o.batch)
-        window, scattered = _losses(self.denoiser, self.ladder, scenes, self.pack.about, o, generator)
+        generator = torch.Generator(self.device).manual_seed(o.seed * 1_000_003 + place)
+        scenes = self._scenes(place)
+        with products(o.precision, self.device):
+            window, scattered = _losses(self.denoiser, self.ladder, scenes, self.pack.about, o, generator)
         total = window + o.scattered * scattered
-        if not torch.isfinite(total):
+        gradient = torch.autograd.grad(total, list(self.denoiser.parameters()), allow_unused=True)
+        if not torch.isfinite(total):  # only now: a GPU is given all its work before it is waited for
             raise MachineError(
                 f"step {self.number}: the loss is {total.item()}; lower `rate` and run again from the checkpoint"
             )
-        gradient = torch.autograd.grad(total, list(self.denoiser.parameters()), allow_unused=True)
         return window.item(), gradient
+
+    def _scenes(self, place: int) -> Scenes:
+        batch = self.config.optimisation.batch
+        if self.device.type == "cpu":
+            return self.sampler.draw(place, batch)
+        if self._ahead is None or self._ahead[0] != place:
+            self._ahead = place, self._drawing.submit(self.sampler.draw, place, batch)
+        scenes = self._ahead[1].result()
+        self._ahead = place + 1, self._drawing.submit(self.sampler.draw, place + 1, batch)
+        return scenes
 
     @torch.no_grad()
     def held_out(self, batches: int = 2) -> str:
-        """Loss of the averaged weights on the held-out part of the slides, by pitch that has room there."""
-        data, o = self.config.data, self.config.optimisation
-        found = []
-        for level, mpp in enumerate(self.ladder.pitches[:3]):
-            shares = [float(index == level) for index in range(len(self.ladder.pitches))]
-            sizes = [min(size, 256) for size in data.sizes]
-            try:
-                sampler = CoordinateSampler(
-                    self.pack, shares=shares, sizes=sizes, window=data.window, points=data.points, seed=1, held_out=True
-                )
-            except UsageError:
-                continue  # no room there at this pitch
+        """Loss of the averaged weights on the held-out part of the slides, by pitch: of the largest scenes there."""
+        o, found = self.config.optimisation, []
+        for level, mpp in enumerate(self.ladder.pitches):
+            sampler = self._held_out(level)
+            if sampler is None:
+                continue
             values = []
             for batch in range(batches):
-                generator = torch.Generator().manual_seed(batch)
+                generator = torch.Generator(self.device).manual_seed(batch)
                 scenes = sampler.draw(batch, 8, mpp=mpp)
                 values.append(_losses(self.average, self.ladder, scenes, self.pack.about, o, generator)[0].item())
             found.append(f"{mpp:g} µm {sum(values) / len(values):.4f}")
         self._clock = time.monotonic()  # judging is not training
         return ", ".join(found)
+
+    def _held_out(self, level: int) -> CoordinateSampler | None:
+        data = self.config.data
+        for size in (256, 128, 64, 32):
+            try:
+                return CoordinateSampler(
+                    self.pack, shares=[float(index == level) for index in range(len(self.ladder.pitches))],
+                    sizes=[size] * len(self.ladder.pitches), window=min(size, data.window),
+                    points=min(data.points, max(0, size**2 - data.window**2)), seed=1, held_out=True,
+                    device=self.device,
+                )  # fmt: skip
+            except UsageError:  # no room there
+                continue
+        return None
 
     def brush(self) -> Brush:
         """The averaged weights as a brush."""

@@ -69,14 +69,14 @@ def pack(tables: dict[str, Any], slides: Path, work: Path) -> Path:
     return target
 
 
-def trained(tables: dict[str, Any], system: str, slides: Path, work: Path) -> Path:
+def trained(tables: dict[str, Any], system: str, slides: Path, work: Path, device: str) -> Path:
     """The folder of a system's brush."""
     target, own = work / system / "brush", work / system / "training"
     if not target.exists():
         own.mkdir(parents=True, exist_ok=True)
         if not (own / "pack").exists():
             (own / "pack").symlink_to(pack(tables, slides, work).resolve())
-        train_brush(recipe(tables, system), target, work=own, slides=slides)
+        train_brush(recipe(tables, system), target, work=own, slides=slides, device=device)
     return target
 
 
@@ -94,7 +94,9 @@ def squares(slide: Slide, size: int, count: int) -> list[tuple[int, int, int, in
             for y, x in zip(*np.unravel_index(best, cover.shape), strict=True)]  # fmt: skip
 
 
-def painted(tables: dict[str, Any], system: str, brush: Path, slides: Path, work: Path, size: int, each: int) -> Path:
+def painted(
+    tables: dict[str, Any], system: str, brush: Path, slides: Path, work: Path, size: int, each: int, device: str
+) -> Path:
     """A folder with the paintings of a size, and `done.json` with what they took."""
     folder = work / system / str(size)
     if (folder / "done.json").exists():
@@ -108,8 +110,9 @@ def painted(tables: dict[str, Any], system: str, brush: Path, slides: Path, work
             if target.exists():
                 continue
             painting = Painting(
-                region=region, mpp=MPP, seed=tables["seed"] + number, steps=tables["steps"], memory=16 * 10**9
-            )
+                region=region, mpp=MPP, seed=tables["seed"] + number, steps=tables["steps"], memory=16 * 10**9,
+                device=device,
+            )  # fmt: skip
             found = synthesize_slide(
                 slide.path, target, painting, brush=loaded, encoder=encoder, assume_mpp=source.get("assume_mpp")
             )
@@ -223,7 +226,7 @@ def main(arguments: argparse.Namespace) -> None:
     work, slides = arguments.work, arguments.slides
     work.mkdir(parents=True, exist_ok=True)
     systems: Sequence[str] = arguments.only or list(tables["systems"])
-    brushes = {system: trained(tables, system, slides, work) for system in systems}
+    brushes = {system: trained(tables, system, slides, work, arguments.device) for system in systems}
     machine = platform.processor() or platform.machine()
     lines = [f"{tables['minutes']:g} minutes of training a system, {tables['steps']} steps; {machine}, "
              f"wsi-brush {__version__}, {date.today()}.", ""]  # fmt: skip
@@ -234,7 +237,7 @@ def main(arguments: argparse.Namespace) -> None:
             continue
         found, seconds = {}, {}
         for system, brush in brushes.items():
-            folder = painted(tables, system, brush, slides, work, size, each)
+            folder = painted(tables, system, brush, slides, work, size, each, arguments.device)
             about = json.loads((folder / "done.json").read_text())
             parameters[system] = about["parameters"]
             seconds[system] = float(np.mean(about["seconds"])) if about["seconds"] else float("nan")
@@ -261,6 +264,7 @@ if __name__ == "__main__":
         parser.add_argument("tables", type=Path)
         parser.add_argument("--slides", type=Path, required=True)
         parser.add_argument("--work", type=Path, required=True)
+        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N: of training and painting")
         parser.add_argument("--minutes", type=float)
         parser.add_argument("--each", type=int)
         parser.add_argument("--sizes", type=int, nargs="+")

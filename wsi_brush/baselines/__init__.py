@@ -64,8 +64,8 @@ class System(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are, and it paints; without any the CPU."""
-        return next((torch.as_tensor(weight).device for weight in self.state_dict().values()), torch.device("cpu"))
+        """Where its weights are, and it paints."""
+        return next((torch.as_tensor(one) for one in self.state_dict().values()), torch.zeros(())).device
 
     @abstractmethod
     def bytes_for(self, canvas: Grid) -> int:

@@ -23,8 +23,7 @@ from ..diffusion import Ladder
 from ..errors import MachineError
 from ..field import NoiseField
 from ..grid import Grid
-from ..objective import Drawing
-from ..objective import _maps as maps_of
+from ..objective import Drawing, conditions
 from ..progress import Tell, Told
 from ..splat import interpolate
 from . import System
@@ -123,12 +122,11 @@ class Fixed(System):
         found = []
         for index, (project, lattice) in enumerate(zip(self.embed, condition, strict=True)):
             table = torch.cat([lattice.values, lattice.present[..., None]], -1)
-            read = torch.stack(
-                [interpolate(table[scene], *lattice.in_cells(at, at, scene)) for scene in range(len(table))]
-            )
+            read = interpolate(table, *lattice.in_cells(at[None], at[None]))
             mean = read.unflatten(2, (count, _INSIDE)).unflatten(1, (count, _INSIDE)).mean((2, 4)).flatten(1, 2)
             present = mean[..., -1:].clamp(0, 1)
-            token = torch.lerp(self.absent[index], project(mean[..., :-1] / present.clamp_min(1e-6)), present)
+            token = project(mean[..., :-1] / present.clamp_min(1e-6)).to(present)
+            token = torch.lerp(self.absent[index], token, present)
             found.append(torch.lerp(self.unknown[index], token, known[:, None, None]) + self.place[index])
         return torch.cat(found, 1)
 
@@ -146,14 +144,14 @@ class Fixed(System):
 
         The velocity is what is said, whatever `drawing.objective`.
         """
-        image, size = torch.from_numpy(scenes.images), self.config.size
+        image, size = scenes.images, self.config.size
         n, side = len(image), image.shape[-1]
         image = functional.interpolate(image, (size, size), mode="bicubic", antialias=True)
         time = torch.randint(len(self.schedule.alphas_cumprod), (n,), generator=generator)
         noise = torch.randn(image.shape, generator=generator)
         known = (torch.rand(n, generator=generator) >= drawing.unconditional).float()
         noisy = self.schedule.add_noise(image, noise, time)
-        tokens = self.tokens_of(maps_of(scenes, about), side, known)
+        tokens = self.tokens_of(conditions(scenes, about), side, known)
         error = self.velocity(noisy, time, scenes.mpp * side / size, tokens) - self.schedule.get_velocity(
             image, noise, time
         )

@@ -29,8 +29,7 @@ from ..coordinates import Scenes
 from ..diffusion import SIGMA_DATA, Ladder
 from ..field import NoiseField, mollifier, mollifier_radius, mollify
 from ..grid import Grid
-from ..objective import Drawing
-from ..objective import _maps as maps_of
+from ..objective import Drawing, conditions
 from ..progress import Tell, Told
 from . import System
 from .points import Domain
@@ -138,7 +137,7 @@ class Mollified(System):
         There are as many points as the window and the scattered points of the recipe have together, uniform over the
         scene without repetition.
         """
-        image, width = torch.from_numpy(scenes.images), self.config.mollifier
+        image, width = scenes.images, self.config.mollifier
         n, _, size, _ = image.shape
         schedule = Cosine.within(ladder)
         drawn = torch.randint(len(schedule.times), (n,), generator=generator)
@@ -154,7 +153,7 @@ class Mollified(System):
         domain = Domain.scattered(places, (size, size), scenes.mpp, origin, side=self.config.kernel)
         noisy, noise = (u.flatten(2).gather(2, flat[:, None].expand(-1, 3, -1)) for u in (noisy, noise))
         values = self._scaled(noisy.transpose(1, 2)[:, :, None], sigma)
-        said = self.noise(values, domain, sigma, maps_of(scenes, about), known)
+        said = self.noise(values, domain, sigma, conditions(scenes, about), known)
         error = ((said[:, :, 0] - noise.transpose(1, 2)) ** 2).mean((1, 2))
         if self.weighting == "theorem1":
             error = error * schedule.theorem1(times).float()

@@ -25,8 +25,7 @@ from ..diffusion import Ladder, Move, coefficients, loss, moves
 from ..errors import UsageError
 from ..field import NoiseField
 from ..grid import Grid
-from ..objective import Drawing
-from ..objective import _maps as maps_of
+from ..objective import Drawing, conditions
 from ..progress import Tell, Told
 from . import System
 
@@ -138,7 +137,8 @@ class Patches(System):
 
     def tell_of(self, embedding: Tensor, present: Tensor, known: Tensor) -> Tensor:
         """What the network is told of patches: embeddings (n, dim), presence and `known` (n,) from 0 to 1."""
-        told = torch.lerp(self.absent.expand(len(embedding), -1), self.embed(embedding), present[:, None])
+        embedded = self.embed(embedding).to(present)
+        told = torch.lerp(self.absent.expand_as(embedded), embedded, present[:, None])
         return torch.lerp(self.unknown.expand_as(told), told, known[:, None])
 
     def image(
@@ -179,7 +179,7 @@ class Patches(System):
         count = max(1, (scenes.window // side) ** 2)
         scene = torch.arange(n).repeat_interleave(count)
         corner = torch.randint(size - side + 1, (len(scene), 2), generator=generator)
-        image = torch.from_numpy(scenes.images)
+        image = scenes.images
         image = torch.stack(
             [image[s, :, r : r + side, c : c + side] for s, (r, c) in zip(scene.tolist(), corner.tolist(), strict=True)]
         )
@@ -187,7 +187,7 @@ class Patches(System):
         sigma = ladder.sigma_min * (span * torch.rand(len(scene), generator=generator)).exp()
         wide = sigma[:, None, None, None]
         noisy = image + wide * torch.randn(image.shape, generator=generator)
-        embedding, present = embedding_at(own(maps_of(scenes, about), side), scene, corner + side / 2)
+        embedding, present = embedding_at(own(conditions(scenes, about), side), scene, corner + side / 2)
         known = (torch.rand(len(scene), generator=generator) >= drawing.unconditional).float()
         said = self(noisy * coefficients(wide)[2], sigma, scenes.mpp, self.tell_of(embedding, present, known))
         return loss(said, image, noisy, wide, objective=drawing.objective).mean(), torch.zeros(())

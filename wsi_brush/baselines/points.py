@@ -36,12 +36,14 @@ AXIS = 36  # positional features of a place on one axis
 class Neighbours:
     """Which scattered points lie in each other's windows of `side` x `side` pixels.
 
-    pairs: for each place of the window but its middle, in raster order, (receivers, givers), indices of points; count:
-    (points, 1) points in the window, itself included.
+    receivers, givers, places: (pairs,) of two points, and the place of the second in the first's window, in raster
+    order; none is its middle. count: (points, 1) points in the window, itself included.
     """
 
     side: int
-    pairs: tuple[tuple[Tensor, Tensor], ...]
+    receivers: Tensor
+    givers: Tensor
+    places: Tensor
     count: Tensor
 
     @staticmethod
@@ -49,17 +51,15 @@ class Neighbours:
         """Of distinct places (n, points, 2), in raster order within each scene."""
         scene = torch.arange(len(places), device=places.device)[:, None]
         keys = ((scene * _ROOM + places[..., 0]) * _ROOM + places[..., 1]).flatten()
-        reach, half = side // 2, []
-        for place in range(side * side // 2):
-            wanted = keys + (place // side - reach) * _ROOM + place % side - reach
-            index = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
-            receivers = torch.nonzero(keys[index] == wanted).flatten()
-            half.append((receivers, index[receivers]))
-        pairs = (*half, *((givers, receivers) for receivers, givers in reversed(half)))
-        count = torch.ones(len(keys), device=keys.device)
-        for receivers, _ in pairs:
-            count[receivers] += 1
-        return Neighbours(side, pairs, count[:, None])
+        reach, before = side // 2, torch.arange(side * side // 2, device=places.device)
+        away = (before // side - reach) * _ROOM + before % side - reach
+        wanted = keys + away[:, None]  # of half a window; the other half are the same pairs the other way
+        index = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+        place, receivers = torch.nonzero(keys[index] == wanted, as_tuple=True)
+        givers = index[place, receivers]
+        pairs = torch.cat([receivers, givers]), torch.cat([givers, receivers])
+        count = torch.ones(len(keys), device=keys.device).index_add(0, pairs[0], torch.ones_like(pairs[0]).float())
+        return Neighbours(side, *pairs, torch.cat([place, side * side - 1 - place]), count[:, None])
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class Domain:
 
     def total(self, part: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
         """The sum of `part` over all points, added up in float64 in rows."""
-        rows = u.shape[1] if self._whole else max(1, _TILE**2 // u.shape[2])
+        side = _TILE if u.device.type == "cpu" else _GPU_TILE
+        rows = u.shape[1] if self._whole else max(1, side**2 // u.shape[2])
         return torch.stack([part(band) for band in u.split(rows, 1)]).sum(0)
 
     @property
@@ -141,16 +142,11 @@ class Domain:
 
     def read(self, table: Tensor, node: int) -> Tensor:
         """Nodes (n, r, c, channels) read bilinearly at the pixels or points of this domain."""
-        rows, columns = ((axis + 0.5) / node for axis in (self.rows, self.columns))
-        found = []
-        for scene, nodes_of_it in enumerate(table):
-            places = rows[scene].flatten(), columns[scene].flatten()
-            found.append(
-                interpolate(nodes_of_it, *places)
-                if self.near is None
-                else interpolate_at(nodes_of_it, *places)[:, None]
-            )
-        return torch.stack(found)
+        rows, columns = ((axis.flatten(1) + 0.5) / node for axis in (self.rows, self.columns))
+        if self.near is None:
+            return interpolate(table, rows, columns)
+        scene = torch.arange(len(table), device=table.device).repeat_interleave(rows.shape[1])
+        return interpolate_at(table, rows.flatten(), columns.flatten(), scene).unflatten(0, (len(table), -1, 1))
 
 
 def _edges(blocks: int, node: int, device: torch.device) -> Tensor:
@@ -184,9 +180,7 @@ class PointKernel(nn.Module):
             return total * (side**2 / (counts[0][:, None] * counts[1]))[..., None] + self.bias
         flat, taps = u.flatten(0, 2), self.kernel.flatten(1).T
         total = flat * taps[side**2 // 2]
-        places = [place for place in range(side**2) if place != side**2 // 2]
-        for place, (receivers, givers) in zip(places, near.pairs, strict=True):
-            total.index_add_(0, receivers, rows_of(flat, givers) * taps[place])
+        total = total.index_add(0, near.receivers, rows_of(flat, near.givers) * rows_of(taps, near.places))
         return (total * (side**2 / near.count) + self.bias).view_as(u)
 
 

@@ -202,6 +202,7 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new brush.")],
     work: Annotated[Path | None, typer.Option(help="Folder of pack and checkpoints. [OUT.work]")] = None,
     slides: Annotated[Path, typer.Option(help="Folder that the configuration's slides are in.")] = Path(),
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -222,7 +223,8 @@ def train(
             return
         prepare(read.optimisation.threads)
         tell: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
-        made = train_brush(read, out, work=work, slides=slides, overwrite=overwrite, tell=tell).about["training"]
+        options = {"work": work, "slides": slides, "device": device, "overwrite": overwrite}
+        made = train_brush(read, out, **options, tell=tell).about["training"]  # type: ignore[arg-type]
         if json_:
             typer.echo(json.dumps({"path": str(out), "steps": made["steps"], "minutes": made["minutes"]}))
         elif not quiet:
