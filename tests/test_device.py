@@ -140,6 +140,7 @@ def test_the_operator_stays_there(brush: Brush, fake: torch.device) -> None:
     made = made_there(brush, fake)
     net, condition = made.denoiser, made.condition(maps_on(CANVAS), CANVAS, 0.5)
     level = torch.full((1,), 1.3, device=fake)
+    corner = torch.zeros(1, device=fake), torch.zeros(1, device=fake)
     origin = torch.zeros(1, 2, dtype=torch.float64, device=fake)
     x = NoiseField(0).read(CANVAS, device=fake)[None]
     with torch.no_grad():
@@ -147,9 +148,9 @@ def test_the_operator_stays_there(brush: Brush, fake: torch.device) -> None:
         mass = node_mass(1, CANVAS.height // NODE, CANVAS.width // NODE).to(fake)
         grid, tokens = net.layout(nodes(net.sketch(x, setting)), mass, setting)
         memory = net.memory(tokens, setting)
-        said = net.paint(x, setting, grid, memory, corner=(torch.zeros(1), torch.zeros(1)))
+        said = net.paint(x, setting, grid, memory, corner=corner)
         fine, mid, deep = net.descend(x, setting)
-        risen = net.rise(mid, deep, setting, grid, memory, corner=(torch.zeros(1), torch.zeros(1)))
+        risen = net.rise(mid, deep, setting, grid, memory, corner=corner)
         again = net.retouch(x, setting, net.keep(mid, risen, (0, 0, 0, 0)), around=(0, 0, 0, 0))
     for found in (said, net.finish(fine, risen, setting), again):
         assert found.device == fake

@@ -146,7 +146,8 @@ class Domain:
         if self.near is None:
             return interpolate(table, rows, columns)
         scene = torch.arange(len(table), device=table.device).repeat_interleave(rows.shape[1])
-        return interpolate_at(table, rows.flatten(), columns.flatten(), scene).unflatten(0, (len(table), -1, 1))
+        found = interpolate_at(table, rows.flatten(), columns.flatten(), scene)
+        return found.reshape(len(table), -1, 1, found.shape[-1])
 
 
 def _edges(blocks: int, node: int, device: torch.device) -> Tensor:
