@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import resource
 import signal
 import sys
@@ -52,6 +53,15 @@ def find_device(name: str) -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda", index)
+
+
+def name_of(device: torch.device) -> str:
+    """What a card or a catalogue calls it: a GPU's own name, or the processor's."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -29,7 +29,7 @@ from .denoiser import Denoiser, DenoiserConfig
 from .diffusion import Ladder
 from .encoder import load_encoder
 from .errors import MachineError, RefusedError, UsageError
-from .machine import check_precision, find_device, products
+from .machine import check_precision, find_device, name_of, products
 from .objective import losses
 from .optimiser import optimisers
 from .recipe import Data, Model, Rival, TrainConfig
@@ -250,13 +250,13 @@ class Training:
 
     def _held_out(self, level: int) -> CoordinateSampler | None:
         data = self.config.data
+        pitches = len(self.ladder.pitches)
         for size in (256, 128, 64, 32):
+            side = min(size, data.window)
             try:
                 return CoordinateSampler(
-                    self.pack, shares=[float(index == level) for index in range(len(self.ladder.pitches))],
-                    sizes=[size] * len(self.ladder.pitches), window=min(size, data.window),
-                    points=min(data.points, max(0, size**2 - data.window**2)), seed=1, held_out=True,
-                    device=self.device,
+                    self.pack, shares=[float(index == level) for index in range(pitches)], sizes=[size] * pitches,
+                    window=side, points=min(data.points, size**2 - side**2), seed=1, held_out=True, device=self.device,
                 )  # fmt: skip
             except UsageError:  # no room there
                 continue
@@ -268,6 +268,7 @@ class Training:
         own = {} if isinstance(self.denoiser, System) else {"objective": self.config.optimisation.objective}
         about |= own | self.config.card
         about |= {"training": {"steps": self.number, "minutes": round(self.seconds / 60, 1)}}
+        about["training"]["device"] = name_of(self.device)
         about["training"] |= self.config.model_dump(mode="json", exclude={"card": True, "data": {"slides"}})
         average = copy.deepcopy(self.average).eval().requires_grad_(False)
         return Brush(average, self.ladder, about)

@@ -11,7 +11,6 @@ is trained, painted or evaluated stays. --minutes, --each and --only make it sho
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -227,9 +226,13 @@ def main(arguments: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     systems: Sequence[str] = arguments.only or list(tables["systems"])
     brushes = {system: trained(tables, system, slides, work, arguments.device) for system in systems}
-    machine = platform.processor() or platform.machine()
-    lines = [f"{tables['minutes']:g} minutes of training a system, {tables['steps']} steps; {machine}, "
-             f"wsi-brush {__version__}, {date.today()}.", ""]  # fmt: skip
+    trainings = {system: load_brush(brush).about["training"] for system, brush in brushes.items()}
+    lines = [f"{tables['minutes']:g} minutes of training a system, {tables['steps']} steps of the solver; wsi-brush "
+             f"{__version__}, {date.today()}. Trained: "
+             + ", ".join(f"{system} {one['steps']} steps of {one['optimisation']['batch']} scenes"
+                         for system, one in trainings.items())
+             + f" ({', '.join(sorted({one.get('device', 'device not recorded') for one in trainings.values()}))}).",
+             ""]  # fmt: skip
     parameters: dict[str, int] = {}
     for one in tables["paintings"]:
         size, each = one["size"], arguments.each or one["each"]
