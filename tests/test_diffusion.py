@@ -445,3 +445,18 @@ def test_progressive_resolution_keeps_the_variance_of_every_octave_within_two_pe
     late = carried(replace(ladder, tolerance=0.1), powers, steps)
     assert (flat / full - 1).abs().max().item() > 0.03
     assert (late / full - 1).abs().max().item() > 0.05
+
+
+def test_what_is_retained_is_a_part_of_the_noise_that_is_seen() -> None:
+    """(1 - c) of the noise said, after Ning et al.: D' = D + c (x - D), at the pitches that have a c."""
+    plain = Ladder((0.5, 1.0, 2.0), (0.1, 0.1))
+    ladder = replace(plain, retained=(0.05, 0.02))
+    x, said = torch.randn(2, 3, 4, 4)
+    for mpp, part in ((0.5, 0.05), (1.0, 0.02), (2.0, 0.0)):
+        skip, out, into = plain.coefficients(0.3, mpp)
+        image = skip * x + out * said
+        kept, less, same = ladder.coefficients(0.3, mpp)
+        torch.testing.assert_close(kept * x + less * said, image + part * (x - image))
+        assert same == into
+    assert ladder.starting_at(1.0).retained == (0.02,)
+    assert ladder.starting_at(1.0).coefficients(0.3, 1.0) == ladder.coefficients(0.3, 1.0)

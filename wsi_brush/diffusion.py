@@ -67,7 +67,9 @@ class Ladder:
 
     pitches: µm, finest first, each twice the last; details: standard deviation, finest first, of what the mean over
     2 x 2 pixels of each pitch loses; tolerance: a pitch takes over when (detail / σ)² reaches it, one number or one for
-    each of `details`; sigma_max: where the coarsest pitch starts; sigma_min: where the finest ends.
+    each of `details`; sigma_max: where the coarsest pitch starts; sigma_min: where the finest ends; retained: the part
+    of the noise that is left in every estimate, finest pitch first, none where it is not said. A network that has not
+    seen its own errors takes detail for noise: Ning et al. (2024) scale the noise that it says by 1 - that.
     """
 
     pitches: tuple[float, ...]
@@ -75,6 +77,7 @@ class Ladder:
     tolerance: float | tuple[float, ...] = 0.005
     sigma_max: float = 80.0
     sigma_min: float = 0.02
+    retained: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Plain values, for the brush's JSON."""
@@ -89,9 +92,20 @@ class Ladder:
         for level, pitch in enumerate(self.pitches):
             if math.isclose(pitch, mpp, rel_tol=1e-6):
                 tolerance = self.tolerance[level:] if isinstance(self.tolerance, tuple) else self.tolerance
-                return replace(self, pitches=self.pitches[level:], details=self.details[level:], tolerance=tolerance)
+                kept = {
+                    "pitches": self.pitches[level:],
+                    "details": self.details[level:],
+                    "retained": self.retained[level:],
+                }
+                return replace(self, tolerance=tolerance, **kept)  # type: ignore[arg-type]
         known = ", ".join(f"{pitch:g}" for pitch in self.pitches)
         raise UsageError(f"the brush paints at {known} µm per pixel, not at {mpp:g}")
+
+    def coefficients(self, sigma: float, mpp: float) -> tuple[float, float, float]:
+        """`coefficients` at a noise level and a pitch, as numbers, with what is retained there."""
+        skip, out, into = (value.item() for value in coefficients(torch.tensor(sigma)))
+        left = dict(zip(self.pitches, self.retained, strict=False)).get(mpp, 0.0)
+        return left + (1 - left) * skip, (1 - left) * out, into
 
     def entry(self, level: int) -> float:
         """σ, in the image of pitch `level`, at which it takes over from the coarser one."""

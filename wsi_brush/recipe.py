@@ -7,7 +7,7 @@ import math
 import tomllib
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -130,6 +130,7 @@ class Optimisation(_Strict):
     full_range: float = 0.1  # part of the scenes whose noise is drawn from the whole range, whatever their pitch
     tolerance: float | tuple[float, ...] = (0.025, 0.005, 0.005, 0.005)  # of `diffusion.Ladder`, as the next
     sigma_min: float = Field(default=0.02, gt=0)
+    retained: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
     margin: float = 1.5  # noise levels are drawn this factor beyond those that the solver visits
     seed: int = 0
     start: str | None = None  # a brush to start from, instead of from nothing: "bundled" or a folder

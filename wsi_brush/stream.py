@@ -31,7 +31,6 @@ from torch import Tensor
 from .brush import Brush
 from .condition import ConditionMap
 from .denoiser import NODE, Around, TokenParts, node_mass
-from .diffusion import coefficients
 from .errors import RefusedError
 from .grid import Grid
 from .machine import Precision, products
@@ -79,6 +78,7 @@ class CanvasDenoiser:
             raise ValueError(f"tiles are multiples of {NODE} pixels, not {tile}")
         self._net, self._guidance, self._tile, self._folder = brush.denoiser, guidance, tile, folder
         self._device, self._precision = brush.device, precision
+        self._coefficients = partial(brush.ladder.coefficients, mpp=mpp)
         condition = brush.condition(maps, canvas, mpp)
         known = (True,) if guidance == 1 else (True, False)
         self._asked = [_Asked(brush, condition, mpp, known=k, folder=folder and folder / f"grid-{k}") for k in known]
@@ -112,7 +112,7 @@ class CanvasDenoiser:
 
     def at(self, sigma: float) -> None:
         """What follows is asked at this noise level."""
-        self._sigma, self._into = sigma, _coefficients(sigma)[2]
+        self._sigma, self._into = sigma, self._coefficients(sigma)[2]
         for asked in self._asked:
             asked.at(sigma)
 
@@ -161,7 +161,7 @@ class CanvasDenoiser:
             kept = self._net.keep(mid, risen[0], sides) if keep else None
             del mid, deep  # the peak is what comes next
             said = [self._net.finish(fine, one, setting, around=sides)[0].float() for one in risen]
-        skip, out, _ = _coefficients(self._sigma)
+        skip, out, _ = self._coefficients(self._sigma)
         image = plain = skip * state + out * said[0]
         if len(said) > 1:
             image = skip * state + out * torch.lerp(said[1], said[0], self._guidance)
@@ -176,7 +176,7 @@ class CanvasDenoiser:
         rows, columns = tile.pad(reach).clip(canvas).within(seen.tile.pad(reach).clip(canvas))
         kept = seen.kept[:, rows.start // 4 : rows.stop // 4, columns.start // 4 : columns.stop // 4]
         setting = self._net.at(self._asked[0].setting, torch.full((1,), sigma, device=self._device))
-        skip, out, into = _coefficients(sigma)
+        skip, out, into = self._coefficients(sigma)
         with products(self._precision, self._device):
             said = self._net.retouch(x[None] * into, setting, kept, around=_around(tile, window))[0].float()
         rows, columns = tile.within(window)
@@ -307,11 +307,6 @@ def on_host(values: Tensor) -> NDArray[np.float32]:
 
 def _around(tile: Grid, window: Grid) -> Around:
     return tile.top - window.top, tile.left - window.left, window.bottom - tile.bottom, window.right - tile.right
-
-
-def _coefficients(sigma: float) -> tuple[float, float, float]:
-    skip, out, into = (value.item() for value in coefficients(torch.tensor(sigma)))
-    return skip, out, into
 
 
 def _canvas(x: Plane) -> Grid:

@@ -141,7 +141,7 @@ class Training:
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False)
         self.optimisers = optimisers(self.denoiser, rate=o.rate, decay=o.decay)
         pitches, details = (tuple(pack.about[name]) for name in ("pitches", "details"))
-        self.ladder = Ladder(pitches, details, tolerance=o.tolerance, sigma_min=o.sigma_min)
+        self.ladder = Ladder(pitches, details, o.tolerance, sigma_min=o.sigma_min, retained=o.retained)
         sizes = {"shares": config.data.shares, "sizes": config.data.sizes, "window": config.data.window}
         self.sampler = CoordinateSampler(pack, **sizes, points=config.data.points, seed=o.seed, device=device)  # type: ignore[arg-type]
         self._side_by_side: ThreadPoolExecutor | None = None
