@@ -263,7 +263,7 @@ def tissue(height: int, width: int, seed: int) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="session")
 def kin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Slides of one kind of `tissue`: `training.tif` (256 x 320 pixels of 2 µm), `held.tif` and `other.tif` (640 x 640)."""
+    """Slides of one `tissue`: `training.tif` (256 x 320 pixels of 2 µm), `held.tif` and `other.tif` (640 x 640)."""
     found = tmp_path_factory.mktemp("kin")
     for seed, (name, sides) in enumerate({"training": (256, 320), "held": (640, 640), "other": (640, 640)}.items()):
         write_lossless(found / f"{name}.tif", tissue(*sides, seed + 1))
