@@ -80,6 +80,11 @@ def write_pyramid(
     return path
 
 
+def write_lossless(path: Path, pixels: NDArray[np.uint8], *, mpp: float = 2.0) -> Path:
+    """A generic TIFF of one level, of just these pixels."""
+    return write_pyramid(path, [pixels], mpp=mpp, compression="zlib", compressionargs={})
+
+
 def write_aperio(path: Path, levels: list[NDArray[np.uint8]], *, mpp: str | None = f"{MPP:g}") -> Path:
     """An SVS as Aperio's scanners write it; without the thumbnail page, TiffSlide would drop a level."""
     import tifffile
@@ -238,6 +243,31 @@ def tissue_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         level = np.rint(level.reshape(level.shape[0] // 2, 2, level.shape[1] // 2, 2, 3).mean((1, 3)))
         levels.append(level.astype(np.uint8))
     return write_pyramid(tmp_path_factory.mktemp("tissue") / "tissue.tif", levels)
+
+
+def tissue(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+    """Nuclei of 5 to 10 µm where chance puts them, on mottled stroma: (height, width, 3) at 2 µm."""
+    random = np.random.default_rng(seed)
+    rows, columns = np.mgrid[: 2 * height, : 2 * width].astype(np.float32)
+    grain = random.normal(0, 1, (height // 4, width // 4)).repeat(8, 0).repeat(8, 1)
+    nuclei = np.zeros(rows.shape, np.float32)
+    for _ in range(height * width // 22):
+        row, column, radius = random.uniform(0, 2 * height), random.uniform(0, 2 * width), random.uniform(2.5, 5)
+        part = (slice(max(0, int(row) - 6), int(row) + 7), slice(max(0, int(column) - 6), int(column) + 7))
+        shade = np.clip(radius - np.hypot(rows[part] - row, columns[part] - column), 0, 1)
+        np.maximum(nuclei[part], shade, out=nuclei[part])
+    stroma = np.array([226.0, 150.0, 190.0]) + np.array([7.0, 18.0, 11.0]) * grain[..., None]
+    colour = stroma + nuclei[..., None] * (np.array([96.0, 58.0, 134.0]) - stroma)
+    return np.rint(colour.reshape(height, 2, width, 2, 3).mean((1, 3))).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def kin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slides of one `tissue`: `training.tif` (256 x 320 pixels of 2 µm), `held.tif` and `other.tif` (640 x 640)."""
+    found = tmp_path_factory.mktemp("kin")
+    for seed, (name, sides) in enumerate({"training": (256, 320), "held": (640, 640), "other": (640, 640)}.items()):
+        write_lossless(found / f"{name}.tif", tissue(*sides, seed + 1))
+    return found
 
 
 def make_brush(
