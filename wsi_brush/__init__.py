@@ -17,6 +17,7 @@ The modules, in the order of the data; a module imports only what stands above i
     encoder       Encoder, load_encoder: a tile becomes a vector
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
     embed         verb: slide -> store
+    labels        Labels: a class in place of an embedding, the same everywhere
     distances     how unlike two sets of vectors are
     field         NoiseField: noise that is a function, read by address
     coordinates   TrainingPack, CoordinateSampler: points, values and conditions at random places

@@ -1,8 +1,9 @@
 """A Brush: a trained denoiser and all it needs to paint, as safetensors and JSON.
 
 On disk a brush is a folder: `brush.safetensors` (the weights), `brush.json` (sizes of the operator, the ladder, which
-encoder's embeddings it understands and their moments, how it was trained; `system` where it is one of `baselines`), and
-the manifest of `commit` with the SHA-256 of both.
+encoder's embeddings it understands and their moments, how it was trained; `system` where it is one of `baselines`;
+`labels` where classes are its condition; `everywhere` where it was shown pictures that are no H&E), and the manifest of
+`commit` with the SHA-256 of both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +29,12 @@ from .denoiser import Denoiser, DenoiserConfig
 from .diffusion import Ladder
 from .errors import RefusedError, UsageError
 from .grid import Grid
+from .labels import Labels
 from .store import EmbeddingMap
+from .tissue import PITCH, Tissue, find_tissue
+
+if TYPE_CHECKING:
+    from .slide import Slide
 
 KIND = "brush"
 BUNDLED = Path(__file__).parent / "weights" / "brush"
@@ -87,6 +93,20 @@ class Brush:
     def pitches(self) -> tuple[float, ...]:
         """Pitches of the embeddings it is conditioned on, µm, finest first."""
         return tuple(sorted(float(pitch) for pitch in self.about["embeddings"]))
+
+    @property
+    def labels(self) -> Labels | None:
+        """The classes that it is asked for, where they are its condition."""
+        return Labels(tuple(self.about["labels"])) if "labels" in self.about else None
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it looks at all of a slide, as it was trained to; else at its tissue."""
+        return bool(self.about.get("everywhere", False))
+
+    def tissue_of(self, slide: Slide) -> Tissue:
+        """Where it looks at a slide."""
+        return Tissue.everywhere(slide.grid.at(PITCH)) if self.everywhere else find_tissue(slide)
 
     def standardised(self, mpp: float, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embeddings (..., dim) of a pitch in units of their spread over the training data."""

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,15 +28,19 @@ from .commit import read_manifest, staged
 from .embed import PITCHES, TileEncoder, embed_region
 from .errors import RefusedError, UsageError
 from .grid import Grid
+from .labels import Labels
 from .machine import undisturbed
 from .slide import Slide
-from .tissue import find_tissue
+from .tissue import PITCH, Tissue, find_tissue
 
 KIND = "training pack"
 LADDER = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Pitches of the ladder, µm."""
 TRAIN_UNTIL = 0.75
 """Part of a slide's width that is trained on; what lies right of it is held out."""
+Symmetries = Literal["square", "mirror", "none"]
+"""What scenes are turned by: all eight symmetries of the square, left and right exchanged, or nothing."""
+_TURNS: dict[Symmetries, int] = {"square": 7, "mirror": 2, "none": 0}  # bits of `turned`
 _STRIP = 1024
 
 
@@ -44,28 +48,35 @@ def build_pack(
     slides: Sequence[Slide],
     target: Path,
     *,
-    encoder: TileEncoder,
+    encoder: TileEncoder | Labels,
     overwrite: bool = False,
     pitches: Sequence[float] = LADDER,
     sources: Sequence[dict[str, Any]] = (),
+    labels: Sequence[str] = (),
+    everywhere: bool = False,
+    until: float = TRAIN_UNTIL,
 ) -> None:
     """Decode and embed slides into a training pack; needs about 4 bytes a pixel at the finest pitch.
 
-    `sources`: what the pack remembers of where the slides came from, so that it is known again.
+    `sources`: what the pack remembers of where the slides came from, so that it is known again. `labels`: that of each
+    slide, where `encoder` is `Labels`. `everywhere`: all of a slide is taken for tissue. `until`: part of a slide's
+    width that is trained on.
 
     Raises:
         SlideError: if a slide cannot be read.
         RefusedError, MachineError: as `commit.staged`.
     """
     about: dict[str, Any] = {"encoder": encoder.name, "fingerprint": encoder.fingerprint, "dim": encoder.dim}
-    about |= {"tile": encoder.tile, "pitches": list(pitches), "until": TRAIN_UNTIL, "slides": len(slides)}
+    about |= {"tile": encoder.tile, "pitches": list(pitches), "until": until, "slides": len(slides)}
     about["sources"] = list(sources)
+    about |= {"labels": list(encoder.names)} if isinstance(encoder, Labels) else {}
+    about |= {"everywhere": True} if everywhere else {}
     with staged(target, kind=KIND, about=about, overwrite=overwrite) as stage:
         root = zarr.open_group(stage / "slides", mode="w-", zarr_format=3)
         moments = _Moments(encoder.dim, len(pitches))
         for number, slide in enumerate(slides):
             group = root.create_group(str(number))
-            tissue = find_tissue(slide)
+            tissue = Tissue.everywhere(slide.grid.at(PITCH)) if everywhere else find_tissue(slide)
             size = [
                 math.floor(side / pitches[-1] + 1e-6) * round(pitches[-1] / pitches[0])
                 for side in slide.grid.extent[2:]
@@ -75,10 +86,14 @@ def build_pack(
             for depth, pitch in enumerate(pitches):
                 if depth:
                     coarse = _halved(level)
-                    moments.add_detail(depth - 1, level[:, : int(TRAIN_UNTIL * level.shape[1])])
+                    moments.add_detail(depth - 1, level[:, : int(until * level.shape[1])])
                     level = coarse
                 _keep(group, f"image/{pitch:g}", level)
-            for mpp, found in embed_region(slide, finest, encoder=encoder, tissue=tissue).items():
+            if isinstance(encoder, Labels):
+                maps = encoder.maps(labels[number], finest)
+            else:
+                maps = embed_region(slide, finest, encoder=encoder, tissue=tissue)
+            for mpp, found in maps.items():
                 _keep(group, f"embedding/{mpp:g}", found.values)
                 moments.add_embeddings(mpp, found.values)
             cover = tissue.cover(Grid(pitches[-1], 0, 0, level.shape[0], level.shape[1]))
@@ -201,8 +216,8 @@ class CoordinateSampler:
     """Endless draws of scenes from a pack.
 
     shares: probability of each pitch; sizes: side of a scene at each pitch, pixels, a multiple of 32; window: side of
-    the contiguous window, a multiple of 32; points: scattered points a scene; device: where the scenes are wanted, and
-    the pack's images are.
+    the contiguous window, a multiple of 32; points: scattered points a scene; symmetries: what scenes are turned by;
+    device: where the scenes are wanted (the pack's images may be on disk).
     """
 
     def __init__(
@@ -215,6 +230,7 @@ class CoordinateSampler:
         points: int,
         seed: int = 0,
         held_out: bool = False,
+        symmetries: Symmetries = "square",
         device: torch.device | str = "cpu",
     ) -> None:
         """Raises:
@@ -225,7 +241,7 @@ class CoordinateSampler:
         self._tile, self._device = pack.about["tile"], torch.device(device)
         self._shares = np.asarray(shares) / np.sum(shares)
         self._sizes = dict(zip(self._pitches, sizes, strict=True))
-        self._held_out = held_out
+        self._held_out, self._turns = held_out, _TURNS[symmetries]
         self._room = {pitch: self._candidates(pitch) for pitch in self._pitches}
         for (pitch, room), share in zip(self._room.items(), self._shares, strict=True):
             if share and not room:
@@ -258,7 +274,7 @@ class CoordinateSampler:
         mpp = float(rng.choice(self._pitches, p=self._shares)) if mpp is None else mpp
         size = self._sizes[mpp]
         slides, corners = self._places(rng, mpp, size, batch)
-        turns = rng.integers(8, size=batch)
+        turns = rng.integers(8, size=batch) & self._turns
         images = torch.stack(
             [
                 turned(self._part(mpp, slide, top, left, size), int(turn))
@@ -273,7 +289,7 @@ class CoordinateSampler:
         }
         outside = size * size - self._window**2
         weight = outside / self._count if self._count else 0.0
-        images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = images.to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
         return Scenes(mpp, images, maps, torch.from_numpy(windows), self._window, points, weight)
 
     def _part(self, mpp: float, slide: int, top: int, left: int, size: int) -> Tensor:

@@ -3,47 +3,83 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import math
 import tomllib
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from .baselines import OURS, system_class
-from .coordinates import LADDER
+from .coordinates import LADDER, TRAIN_UNTIL, Symmetries
 from .diffusion import Objective
 from .errors import UsageError
+from .labels import LABELS
 from .machine import Precision
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _plain(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that came `later` only where they say something, so that packs and checkpoints from before are known."""
+        said: dict[str, Any] = dump(self)
+        return {name: value for name, value in said.items() if name not in self.later or self._says(name)}
+
+    def _says(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
 
 class SlideSource(_Strict):
-    """A slide to train on; `assume_mpp` where its header has no pixel size."""
+    """A slide to train on, or several by a pattern (`*.svs`); `assume_mpp` where its header has no pixel size; `label`
+    is its class, where classes are the condition."""
 
+    later = frozenset({"label"})
     path: str
     assume_mpp: float | None = None
+    label: str | None = Field(default=None, min_length=1)
+
+    def found(self, folder: Path) -> list[SlideSource]:
+        """It, or one for each file in `folder` that fits its pattern, by name.
+
+        Raises:
+            UsageError: if none does.
+        """
+        if not glob.has_magic(self.path) or (folder / self.path).exists():
+            return [self]
+        names = sorted(glob.glob(self.path, root_dir=folder, recursive=True))  # noqa: PTH207 (that takes no absolute one)
+        if not names:
+            raise UsageError(
+                f"{folder / self.path}: no file fits this pattern; see --slides and `path` in [data] slides"
+            )
+        return [self.model_copy(update={"path": name}) for name in names]
 
 
 class Data(_Strict):
     """What is trained on."""
 
+    later = frozenset({"tissue", "until", "symmetries"})
     slides: list[SlideSource] = Field(min_length=1)
-    encoder: str = "bundled"
-    in_memory: bool = True
+    encoder: str = "bundled"  # or "labels": the slides' labels are the condition
+    in_memory: bool = True  # images; of the device, where that is a GPU
+    tissue: Literal["found", "everywhere"] | None = None  # everywhere: for pictures that are no H&E, as of labels
+    until: float = Field(default=TRAIN_UNTIL, gt=0, le=1)  # part of a slide's width; what lies right of it is held out
+    symmetries: Symmetries = "square"  # what scenes are turned by
     shares: tuple[float, ...] = (0.42, 0.2, 0.15, 0.12, 0.11)  # of the pitches 0.5, 1, 2, 4, 8 µm
     sizes: tuple[int, ...] = (256, 256, 256, 256, 128)  # of a scene, pixels
     window: int = 128
@@ -64,6 +100,34 @@ class Data(_Strict):
         if not 0 <= self.points <= room:
             raise ValueError(f"{self.points} points; expected 0 to {room}, the pixels of a scene outside its window")
         return self
+
+    @model_validator(mode="after")
+    def _labelled(self) -> Data:
+        wanted = self.encoder == LABELS
+        for source in self.slides:
+            if wanted and source.label is None:
+                raise ValueError(f"{source.path} has no label; expected one of every slide with encoder = {LABELS!r}")
+            if not wanted and source.label is not None:
+                raise ValueError(f"{source.path} has a label, the encoder is {self.encoder}; expected {LABELS!r}")
+        return self
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all of a slide is looked at; else its tissue."""
+        return self.tissue == "everywhere" or (self.tissue is None and self.encoder == LABELS)
+
+    def sources(self, folder: Path) -> list[SlideSource]:
+        """The slides, patterns as the files in `folder` that fit them.
+
+        Raises:
+            UsageError: if a pattern fits none, or a file is named twice.
+        """
+        found: dict[str, SlideSource] = {}
+        for source in (one for entry in self.slides for one in entry.found(folder)):
+            if source.path in found:
+                raise UsageError(f"{source.path}: named by two of [data] slides; leave it to one of them")
+            found[source.path] = source
+        return list(found.values())
 
 
 class Model(_Strict):

@@ -1,6 +1,7 @@
 """Verb: brush + reference -> pyramid: a new slide that follows a reference's embeddings and copies none of its pixels.
 
-The canvas is a place on the reference's own plane, so the painting lies where its reference lies.
+The canvas is a place on the reference's own plane, so the painting lies where its reference lies. A brush that was
+trained on classes has no reference: it is asked for a label.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +33,9 @@ from .progress import Tell
 from .pyramid import SHARD, Pyramid
 from .scratch import working
 from .slide import Slide, open_slide
+from .store import EmbeddingMap
 from .stream import read_plane
-from .tissue import PITCH, Tissue, find_tissue, tissue_mask
+from .tissue import PITCH, Tissue, tissue_mask
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -48,11 +51,11 @@ class Painted:
     """What came of it: where the slide is, its region (level-0 pixels of the reference), what it took.
 
     cosine: how close it is, the mean cosine between the standardised embeddings of the painting and of its reference,
-    by pitch in µm; NaN where no whole tile holds tissue.
+    by pitch in µm; NaN where no whole tile holds tissue. Of a label there is no reference: no region, no cosine.
     """
 
     path: Path
-    region: tuple[int, int, int, int]
+    region: tuple[int, int, int, int] | None
     shape: tuple[int, int]
     seconds: float
     cosine: dict[float, float]
@@ -84,6 +87,19 @@ def choose_canvas(slide: Slide, painting: Painting, tissue: Tissue) -> Grid:
         for place, side in zip(_richest(tissue, painting.size * painting.mpp), room, strict=True)
     )
     return Grid(painting.mpp, top, left, painting.size, painting.size)
+
+
+def label_canvas(painting: Painting) -> Grid:
+    """The pixels to paint where there is no reference: a square from the plane's corner.
+
+    Raises:
+        UsageError: if there are none, or a place on a reference is asked for.
+    """
+    if painting.region is not None:
+        raise UsageError("a region is a place on a reference, and a label has none; give --size 1024")
+    if painting.size < 1:
+        raise UsageError(f"a size of {painting.size} pixels cannot be painted; give --size 1024")
+    return Grid(painting.mpp, 0, 0, painting.size, painting.size)
 
 
 def _canvas_of(slide: Slide, region: tuple[int, int, int, int], mpp: float) -> Grid:
@@ -119,6 +135,24 @@ def _richest(tissue: Tissue, side: float) -> tuple[float, float]:
 # -- the verb ------------------------------------------------------------------------------------------
 
 
+def check_asked(brush: Brush, label: str | None) -> None:
+    """Whether a brush can be asked for a label, or for what a reference shows (no label).
+
+    Raises:
+        UsageError: if its condition is the other, or it knows no such label.
+    """
+    if label is None and brush.labels is not None:
+        raise UsageError(
+            f"this brush follows labels, no reference; give --label, one of {', '.join(brush.labels.names)}"
+        )
+    if label is not None and brush.labels is None:
+        raise UsageError(
+            f"this brush knows no labels, it follows embeddings of {brush.about['encoder']}; give --ref SLIDE"
+        )
+    if label is not None and brush.labels is not None:
+        brush.labels.maps(label, Grid(1.0, 0, 0, 1, 1))
+
+
 def synthesize_slide(
     reference: Path | str, target: Path | str, painting: Painting, *, brush: Brush, encoder: Encoder,
     assume_mpp: float | None = None, force_mpp: float | None = None, overwrite: bool = False, png: Path | None = None,
@@ -135,38 +169,95 @@ def synthesize_slide(
     start = time.monotonic()
     target = Path(target)
     check_precision(painting.precision, find_device(painting.device))
+    check_asked(brush, None)
     ladder = brush.ladder.starting_at(painting.mpp)
     if brush.about["fingerprint"] != encoder.fingerprint:
         raise UsageError(
             f"the brush was trained on embeddings of {brush.about['encoder']} ({brush.about['fingerprint'][:12]}), "
             f"the encoder is {encoder.name} ({encoder.fingerprint[:12]}); use the encoder it was trained with"
         )
-    if brush.rival is not None and client is not None:
-        raise UsageError(f"--scheduler: {brush.rival.name} paints in one process; leave it out")
     slide = open_slide(reference, assume_mpp=assume_mpp, force_mpp=force_mpp)
     if target.resolve() == slide.path.resolve():
         raise UsageError(f"{target}: is the reference itself; choose another output")
     check_target(target, kind=KIND, overwrite=overwrite)
     if png is not None:
         _check_picture(png, overwrite=overwrite)
-    tissue = find_tissue(slide)
+    tissue = brush.tissue_of(slide)
     canvas = choose_canvas(slide, painting, tissue)
-    if brush.rival is not None:
-        check_rival(brush.rival, canvas, painting)
-    parameters = _parameters(slide, canvas, painting, brush, encoder)
-    with working(target, parameters, overwrite=overwrite) as work:
+    reference = slide_fingerprint(slide.path)
+    parameters = {
+        "reference": reference, "reference mpp": slide.mpp, "encoder": encoder.fingerprint,
+        **_parameters(canvas, painting, brush),
+    }  # fmt: skip
+    about = _provenance(canvas, painting, brush) | {
+        "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint,
+        "reference": {
+            "mpp": slide.mpp, "mpp_source": slide.mpp_source, "region": list(_level0(slide, canvas)),
+            "fingerprint": reference[:16],
+        },
+    }  # fmt: skip
+
+    def maps() -> dict[float, EmbeddingMap]:
         told = None if tell is None else (lambda done, total: tell("embedding the reference", done, total))
-        maps = embed_region(
-            slide, whole(canvas, ladder), encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told
-        )
-        hands = None
+        area = whole(canvas, ladder)
+        return embed_region(slide, area, encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told)
+
+    _paint(
+        target, canvas, maps, painting, brush=brush, parameters=parameters, about=about, overwrite=overwrite,
+        client=client, tell=tell,
+    )  # fmt: skip
+    painted = open_slide(target)
+    if png is not None:
+        write_pair(png, slide, painted, canvas)
+    cosine = compare(slide, painted, canvas, brush=brush, encoder=encoder)
+    return Painted(target, _level0(slide, canvas), canvas.shape, time.monotonic() - start, cosine)
+
+
+def synthesize_label(
+    label: str, target: Path | str, painting: Painting, *, brush: Brush, overwrite: bool = False,
+    client: Client | None = None, tell: Tell | None = None,
+) -> Painted:  # fmt: skip
+    """Paint a square of a label, `painting.size` pixels a side, with a brush that was trained on labels; otherwise as
+    `synthesize_slide`.
+
+    Raises:
+        UsageError, RefusedError, MachineError: one line each, before the hours of work where possible.
+    """
+    start = time.monotonic()
+    target = Path(target)
+    check_precision(painting.precision, find_device(painting.device))
+    check_asked(brush, label)
+    assert brush.labels is not None
+    known, area = brush.labels, whole(canvas := label_canvas(painting), brush.ladder.starting_at(painting.mpp))
+    check_target(target, kind=KIND, overwrite=overwrite)
+    _paint(
+        target, canvas, lambda: known.maps(label, area, pitches=brush.pitches), painting, brush=brush,
+        parameters={"label": label, **_parameters(canvas, painting, brush)},
+        about=_provenance(canvas, painting, brush) | {"label": label}, overwrite=overwrite, client=client, tell=tell,
+    )  # fmt: skip
+    return Painted(target, None, canvas.shape, time.monotonic() - start, {})
+
+
+def _paint(
+    target: Path, canvas: Grid, find_maps: Callable[[], Mapping[float, EmbeddingMap]], painting: Painting, *,
+    brush: Brush, parameters: dict[str, Any], about: dict[str, Any], overwrite: bool, client: Client | None,
+    tell: Tell | None,
+) -> None:  # fmt: skip
+    """From what is asked for to the finished pyramid."""
+    if brush.rival is not None:
+        if client is not None:
+            raise UsageError(f"--scheduler: {brush.rival.name} paints in one process; leave it out")
+        check_rival(brush.rival, canvas, painting)
+    ladder = brush.ladder.starting_at(painting.mpp)
+    with working(target, parameters, overwrite=overwrite) as work:
+        maps, hands = find_maps(), None
         if client is not None:
             painting = replace(painting, tile=budget(painting, brush.denoiser.config)[0])
             area = whole(canvas, ladder)
             hands = Cluster(client, work.folder, brush=brush, maps=maps, area=area, painting=painting)
         state = paint_canvas(brush, maps, canvas, painting, work=work, hands=hands, tell=tell)
         with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
-            about = _provenance(slide, canvas, painting, brush, encoder, fingerprint=parameters["reference"])
             pyramid = Pyramid(stage, canvas, about=about)
             for part in canvas.tiles(SHARD):
                 window = Grid(canvas.mpp, part.top - canvas.top, part.left - canvas.left, *part.shape)
@@ -175,11 +266,6 @@ def synthesize_slide(
             with undisturbed():
                 pyramid.finish()
         del state
-    painted = open_slide(target)
-    if png is not None:
-        write_pair(png, slide, painted, canvas)
-    cosine = compare(slide, painted, canvas, brush=brush, encoder=encoder)
-    return Painted(target, _level0(slide, canvas), canvas.shape, time.monotonic() - start, cosine)
 
 
 def as_pixels(image: Tensor) -> NDArray[np.uint8]:
@@ -193,15 +279,12 @@ def _level0(slide: Slide, canvas: Grid) -> tuple[int, int, int, int]:
     return top, left, bottom - top, right - left
 
 
-def _parameters(slide: Slide, canvas: Grid, painting: Painting, brush: Brush, encoder: Encoder) -> dict[str, Any]:
-    """What decides every pixel: a killed run goes on only with the same."""
+def _parameters(canvas: Grid, painting: Painting, brush: Brush) -> dict[str, Any]:
+    """What decides every pixel, beside what is asked for: a killed run goes on only with the same."""
     return {
-        "reference": slide_fingerprint(slide.path),
-        "reference mpp": slide.mpp,
         "canvas": [canvas.top, canvas.left, canvas.height, canvas.width],
         "mpp": canvas.mpp,
         "brush": brush.fingerprint,
-        "encoder": encoder.fingerprint,
         **_sampling(painting, brush),
         "version": __version__,
         "torch": torch.__version__,
@@ -217,25 +300,18 @@ def _sampling(painting: Painting, brush: Brush) -> dict[str, Any]:
     return {"seed": painting.seed, "steps": painting.steps, "guidance": painting.guidance, **own}
 
 
-def _provenance(
-    slide: Slide, canvas: Grid, painting: Painting, brush: Brush, encoder: Encoder, *, fingerprint: str
-) -> dict[str, Any]:
-    """What stands on every level of the painting; nothing of the reference but its pixel size, the region, and half of
-    the digest of its bytes, by which whoever has the file can tell it from others, and nobody else learns anything."""
+def _provenance(canvas: Grid, painting: Painting, brush: Brush) -> dict[str, Any]:
+    """What stands on every level of the painting, beside what was asked for: a label, or of the reference nothing but
+    its pixel size, the region, and half of the digest of its bytes, by which whoever has the file can tell it from
+    others, and nobody else learns anything."""
     return {
         "synthetic": True,
         "generator": "wsi-brush",
         "versions": {"wsi-brush": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "brush_sha256": brush.sha256,
-        "encoder": encoder.name,
-        "encoder_fingerprint": encoder.fingerprint,
         **_sampling(painting, brush),
         "mpp": canvas.mpp,
-        "reference": {
-            "mpp": slide.mpp, "mpp_source": slide.mpp_source, "region": list(_level0(slide, canvas)),
-            "fingerprint": fingerprint[:16],
-        },
-    }  # fmt: skip
+    }
 
 
 # -- beside its reference ------------------------------------------------------------------------------
@@ -258,7 +334,9 @@ def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder
     has nothing to show.
     """
     cells = _whole_cells(canvas, PITCH)
-    tissue = Tissue(tissue_mask(read_reference(slide, canvas, cells), PITCH), cells)
+    tissue = Tissue.everywhere(cells)
+    if not brush.everywhere:
+        tissue = Tissue(tissue_mask(read_reference(slide, canvas, cells), PITCH), cells)
     found = {}
     for mpp in brush.pitches:
         lattice = _whole_cells(canvas, encoder.tile * mpp)

@@ -47,6 +47,11 @@ class Tissue:
         if self.mask.shape != self.grid.shape:
             raise ValueError(f"a tissue mask of {self.mask.shape} cells on a grid of {self.grid.shape}")
 
+    @staticmethod
+    def everywhere(grid: Grid) -> Tissue:
+        """Every cell: of pictures that are no H&E, where all of it is to be looked at."""
+        return Tissue(np.ones(grid.shape, np.bool_), grid)
+
     @property
     def fraction(self) -> float:
         """Share of the cells that hold tissue; 0 where there are no cells."""

@@ -24,11 +24,12 @@ from .baselines import System, build
 from .brush import Brush, load_brush, save_brush
 from .commit import check_target, fingerprint, read_manifest, sha256_of, write_json
 from .coordinates import KIND as PACK
-from .coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
+from .coordinates import TRAIN_UNTIL, CoordinateSampler, Scenes, TrainingPack, build_pack
 from .denoiser import Denoiser, DenoiserConfig
 from .diffusion import Ladder
 from .encoder import load_encoder
 from .errors import MachineError, RefusedError, UsageError
+from .labels import LABELS, Labels
 from .machine import check_precision, find_device, name_of, products
 from .objective import losses
 from .optimiser import optimisers
@@ -78,7 +79,7 @@ def _trained(
             tell(f"step {run.number} {run.seconds / 60:.1f} min loss {value:.4f} rate {run.rate:.2e}")
         if run.due:
             run.checkpoint()
-        if run.number % 500 == 0:
+        if run.number % 500 == 0 and config.data.until < 1:
             tell(f"step {run.number} held-out {run.held_out()}")
     run.checkpoint()
     brush = run.brush()
@@ -88,17 +89,23 @@ def _trained(
 
 def _pack(data: Data, work: Path, slides: Path, tell: Tell, device: torch.device = CPU) -> TrainingPack:
     path = work / "pack"
-    sources = [source.model_dump() for source in data.slides]
-    encoder = load_encoder(data.encoder, device=str(device))
+    named = data.sources(slides)
+    sources = [source.model_dump() for source in named]
+    labels = [source.label for source in named if source.label is not None]
+    encoder = Labels.of(labels) if data.encoder == LABELS else load_encoder(data.encoder, device=str(device))
     found = read_manifest(path) if path.is_dir() else None
     if found is None:
-        tell(f"decoding and embedding {len(data.slides)} slides into {path}")
-        opened = [open_slide(slides / source.path, assume_mpp=source.assume_mpp) for source in data.slides]
+        tell(f"decoding and embedding {len(named)} slides into {path}")
+        opened = [open_slide(slides / source.path, assume_mpp=source.assume_mpp) for source in named]
         work.mkdir(parents=True, exist_ok=True)
-        build_pack(opened, path, encoder=encoder, sources=sources)
+        options = {"labels": labels, "everywhere": data.everywhere, "until": data.until}
+        build_pack(opened, path, encoder=encoder, sources=sources, **options)  # type: ignore[arg-type]
     elif found.get("kind") != PACK or found["fingerprint"] != encoder.fingerprint or found.get("sources") != sources:
         raise RefusedError(f"{path}: made with another encoder or other slides; remove it or choose another --work")
-    return TrainingPack(path, in_memory=data.in_memory, device=None if device.type == "cpu" else device)
+    elif (found.get("everywhere", False), found.get("until", TRAIN_UNTIL)) != (data.everywhere, data.until):
+        raise RefusedError(f"{path}: made with another `tissue` or `until`; remove it or choose another --work")
+    kept = data.in_memory and device.type != "cpu"
+    return TrainingPack(path, in_memory=data.in_memory, device=device if kept else None)
 
 
 def _network(model: Model | Rival, dim: int) -> Denoiser | System:
@@ -143,7 +150,8 @@ class Training:
         pitches, details = (tuple(pack.about[name]) for name in ("pitches", "details"))
         self.ladder = Ladder(pitches, details, o.tolerance, sigma_min=o.sigma_min, retained=o.retained)
         sizes = {"shares": config.data.shares, "sizes": config.data.sizes, "window": config.data.window}
-        self.sampler = CoordinateSampler(pack, **sizes, points=config.data.points, seed=o.seed, device=device)  # type: ignore[arg-type]
+        sizes |= {"points": config.data.points, "symmetries": config.data.symmetries}
+        self.sampler = CoordinateSampler(pack, **sizes, seed=o.seed, device=device)  # type: ignore[arg-type]
         self._side_by_side: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[Scenes]] | None = None
         if device.type != "cpu":  # it waits for nothing while the next scenes are drawn
@@ -256,7 +264,8 @@ class Training:
             try:
                 return CoordinateSampler(
                     self.pack, shares=[float(index == level) for index in range(pitches)], sizes=[size] * pitches,
-                    window=side, points=min(data.points, size**2 - side**2), seed=1, held_out=True, device=self.device,
+                    window=side, points=min(data.points, size**2 - side**2), seed=1, held_out=True,
+                    symmetries=data.symmetries, device=self.device,
                 )  # fmt: skip
             except UsageError:  # no room there
                 continue
@@ -265,6 +274,7 @@ class Training:
     def brush(self) -> Brush:
         """The averaged weights as a brush."""
         about = {name: self.pack.about[name] for name in ("encoder", "fingerprint", "tile", "embeddings")}
+        about |= {name: self.pack.about[name] for name in ("labels", "everywhere") if name in self.pack.about}
         own = {} if isinstance(self.denoiser, System) else {"objective": self.config.optimisation.objective}
         about |= own | self.config.card
         about |= {"training": {"steps": self.number, "minutes": round(self.seconds / 60, 1)}}

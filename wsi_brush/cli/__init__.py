@@ -95,8 +95,11 @@ def embed(
 
 @app.command()
 def synthesize(
-    ref: Annotated[Path, typer.Option("--ref", help="The reference slide.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The new slide, an OME-Zarr folder.")],
+    ref: Annotated[Path | None, typer.Option("--ref", help="The reference slide.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Instead of a reference: what to paint, of a brush trained on labels.")
+    ] = None,
     region: Annotated[
         str | None,
         typer.Option(help="Where, in level-0 pixels of the reference, or all.", metavar="TOP,LEFT,HEIGHT,WIDTH"),
@@ -142,6 +145,12 @@ def synthesize(
 ) -> None:
     """A reference to a new slide: an OME-Zarr pyramid that follows its embeddings and copies none of its pixels."""
     with errors(debug):
+        if (ref is None) == (label is None):
+            found = "--ref and --label are missing" if ref is None else "--ref and --label exclude each other"
+            raise UsageError(f"{found}; give --ref SLIDE, or --label NAME with a brush that was trained on labels")
+        for word, given in (("--region", region), ("--encoder", encoder), ("--png", png)):
+            if label is not None and given is not None:
+                raise UsageError(f"{word}: is for a reference, and a label has none; leave it out")
         if region is not None and size is not None:
             raise UsageError("--region and --size exclude each other; give one")
         if not math.isfinite(guidance):
@@ -150,17 +159,17 @@ def synthesize(
         memory = _read_memory(max_memory)
         from ..slide import open_slide
 
-        slide = open_slide(
-            ref, assume_mpp=assume_mpp, force_mpp=force_mpp
-        )  # what is none is said before torch is loaded
-        if region == "all":
+        slide = None
+        if ref is not None:  # what is none is said before torch is loaded
+            slide = open_slide(ref, assume_mpp=assume_mpp, force_mpp=force_mpp)
+        if region == "all" and slide is not None:
             place = (0, 0, *slide.grid.shape)
         from ..brush import load_brush
         from ..cluster import connect
         from ..encoder import load_encoder
         from ..machine import check_precision, find_device, peak_memory
         from ..paint import Painting, kept
-        from ..synthesize import synthesize_slide
+        from ..synthesize import check_asked, synthesize_label, synthesize_slide
 
         painting = Painting(
             4096 if size is None else size, place, mpp, seed, steps, guidance, solver,
@@ -169,31 +178,47 @@ def synthesize(
         prepare(threads, largest=kept(memory))
         check_precision(precision, find_device(device))
         loaded = load_brush(brush)
-        eyes = load_encoder(encoder or loaded.about["encoder"], device=device)
+        check_asked(loaded, label)
+        eyes = load_encoder(encoder or loaded.about["encoder"], device=device) if label is None else None
         if dry_run:
             print_plan(plans.plan_painting(loaded, eyes, slide, out, painting), json_)
             return
         client = connect(scheduler) if scheduler is not None else None
         with Shown(quiet) as progress, client or nullcontext():
-            painted = synthesize_slide(
-                ref, out, painting, brush=loaded, encoder=eyes,
-                assume_mpp=assume_mpp, force_mpp=force_mpp, overwrite=overwrite, png=png, client=client, tell=progress,
-            )  # fmt: skip
+            if label is not None:
+                painted = synthesize_label(
+                    label, out, painting, brush=loaded, overwrite=overwrite, client=client, tell=progress
+                )
+            else:
+                assert ref is not None
+                assert eyes is not None
+                painted = synthesize_slide(
+                    ref, out, painting, brush=loaded, encoder=eyes, assume_mpp=assume_mpp, force_mpp=force_mpp,
+                    overwrite=overwrite, png=png, client=client, tell=progress,
+                )  # fmt: skip
         cosine = {f"{pitch:g}": round(value, 4) for pitch, value in painted.cosine.items() if not math.isnan(value)}
         height, width = painted.shape
         result = {
             "path": str(painted.path), "synthetic": True, "height": height, "width": width, "mpp": mpp,
-            "region": list(painted.region), "seed": seed, "seconds": round(painted.seconds, 1),
-            "peak_memory_gb": round(peak_memory() / 1e9, 2), "cosine": cosine,
+            "seed": seed, "seconds": round(painted.seconds, 1),
+            "peak_memory_gb": round(peak_memory() / 1e9, 2),
         }  # fmt: skip
+        if painted.region is not None:
+            result |= {"region": list(painted.region), "cosine": cosine}
+        else:
+            result |= {"label": label}
         if json_:
             typer.echo(json.dumps(result, indent=1))
         elif not quiet:
             typer.echo(f"{painted.path}: synthetic, {height} x {width} pixels at {mpp:g} µm")
-            typer.echo(f"after {ref.name}, region {','.join(map(str, painted.region))} (level-0 pixels), seed {seed}")
+            asked = f"label {label}"
+            if ref is not None and painted.region is not None:
+                asked = f"after {ref.name}, region {','.join(map(str, painted.region))} (level-0 pixels)"
+            typer.echo(f"{asked}, seed {seed}")
             typer.echo(f"took {painted.seconds:.0f} s and {result['peak_memory_gb']:.1f} GB")
             shown = ", ".join(f"{value:.3f} at {pitch} µm" for pitch, value in cosine.items())
-            typer.echo(f"mean cosine of embeddings with the reference: {shown or 'no whole tile with tissue'}")
+            if label is None:
+                typer.echo(f"mean cosine of embeddings with the reference: {shown or 'no whole tile with tissue'}")
 
 
 @app.command()
@@ -219,7 +244,8 @@ def train(
         if dry_run:
             minutes = read.optimisation.minutes
             budget = {"steps": read.optimisation.steps, "minutes": minutes if math.isfinite(minutes) else "no limit"}
-            print_plan({"slides": [source.path for source in read.data.slides], "work": str(work), **budget}, json_)
+            found = {"slides": [source.path for source in read.data.slides], "files": len(read.data.sources(slides))}
+            print_plan({**found, "work": str(work), **budget}, json_)
             return
         prepare(read.optimisation.threads)
         tell: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))

@@ -48,19 +48,25 @@ def plan_embedding(
     }
 
 
-def plan_painting(brush: Brush, encoder: Encoder, slide: Slide, out: Path, painting: Painting) -> dict[str, Any]:
-    """Where would be painted, and what it would need: time from a few tiles on this machine."""
+def plan_painting(
+    brush: Brush, encoder: Encoder | None, slide: Slide | None, out: Path, painting: Painting
+) -> dict[str, Any]:
+    """Where would be painted, and what it would need: time from a few tiles on this machine. Of a label there is
+    neither slide nor encoder."""
     from ..estimate import embedding_seconds, painting_seconds
     from ..paint import budget, stages, state_bytes
-    from ..synthesize import choose_canvas
-    from ..tissue import find_tissue
+    from ..synthesize import choose_canvas, label_canvas
+
+    def place() -> Grid:
+        return label_canvas(painting) if slide is None else choose_canvas(slide, painting, brush.tissue_of(slide))
 
     ladder = brush.ladder.starting_at(painting.mpp)  # before the slide is searched for tissue
     if brush.rival is not None:
-        return _plan_rival(brush.rival, choose_canvas(slide, painting, find_tissue(slide)), out, painting)
+        return _plan_rival(brush.rival, place(), out, painting)
     tile, room = budget(painting, brush.denoiser.config)
-    canvas = choose_canvas(slide, painting, find_tissue(slide))
-    seconds = painting_seconds(brush, canvas, painting) + embedding_seconds(encoder, brush, canvas)
+    canvas = place()
+    seconds = painting_seconds(brush, canvas, painting)
+    seconds += 0 if encoder is None else embedding_seconds(encoder, brush, canvas)
     pixels, state = canvas.height * canvas.width, state_bytes(canvas, ladder)
     moves: Counter[float] = Counter()
     for stage in stages(ladder, painting):

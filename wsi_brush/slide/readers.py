@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from . import tiff
 from .pixelsize import PixelSize, from_ome_xml, from_properties, from_resolution, in_micrometres
 
 # What tifffile, zarr, imagecodecs and Pillow raise on damaged or foreign files.
@@ -135,9 +136,11 @@ class TiffSlideReader:
             group = self._slide.zarr_group
             self._arrays: list[Any] = [group[str(number)] for number in range(self._slide.level_count)]
             xml = self._slide.ts_tifffile.ome_metadata
+            extra = tuple(self._slide.ts_tifffile.pages.first.extrasamples)
         except DAMAGE as error:
             raise UnreadableError(one_line(error)) from None
         self._planar = about.get("tiffslide.series-axes") == "SYX"
+        self._alpha = tiff.UNSPECIFIED not in extra
         shapes = [tuple(array.shape) for array in self._arrays]
         colours = {shape[0 if self._planar else -1] for shape in shapes}
         axes = about.get("tiffslide.series-axes")
@@ -159,7 +162,8 @@ class TiffSlideReader:
             pixels = np.asarray(array[(slice(None), *window)] if self._planar else array[window])
         except DAMAGE as error:
             raise UnreadableError(one_line(error)) from None
-        return on_white(pixels.transpose(1, 2, 0) if self._planar else pixels)
+        pixels = pixels.transpose(1, 2, 0) if self._planar else pixels
+        return on_white(pixels if self._alpha else pixels[..., :3])
 
     def close(self) -> None:
         self._slide.close()

@@ -158,7 +158,7 @@ def _open_tiff(path: Path) -> tuple[Reader, list[PixelSize]]:
     if not facts.colour:
         image = ImageReader(path)
         return image, image.sizes
-    first, refusal = _try(OpenSlideReader, path)
+    first, refusal = _try(OpenSlideReader, path) if not facts.extra else (None, "a fourth sample that is no alpha")
     exact = isinstance(first, OpenSlideReader) and first.levels == first.all_levels
     if first and (facts.sparse or (exact and not facts.nested)):
         return first, first.sizes

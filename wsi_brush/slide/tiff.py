@@ -22,9 +22,10 @@ INTEGERS = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: 
 WIDTHS = {kind: int(code[1]) for kind, code in INTEGERS.items()} | {2: 1, 7: 1, 5: 8, 10: 8, 11: 4, 12: 8}
 PRIVATE = 32768  # from here on, tags belong to companies, and what they point to may be anything
 BITS, PHOTOMETRIC, STRIPS, SAMPLES, STRIP_BYTES = 258, 262, 273, 277, 279
-TILES, TILE_BYTES, CHILDREN, FORMAT, HAMAMATSU = 324, 325, 330, 339, 65420
-READ = {BITS, PHOTOMETRIC, STRIPS, SAMPLES, STRIP_BYTES, TILES, TILE_BYTES, CHILDREN, FORMAT, HAMAMATSU}
+TILES, TILE_BYTES, CHILDREN, EXTRA, FORMAT, HAMAMATSU = 324, 325, 330, 338, 339, 65420
+READ = {BITS, PHOTOMETRIC, STRIPS, SAMPLES, STRIP_BYTES, TILES, TILE_BYTES, CHILDREN, EXTRA, FORMAT, HAMAMATSU}
 COLOURS = {2, 6}  # RGB, YCbCr
+UNSPECIFIED = 0  # of an extra sample: 1 and 2 are alpha
 PAGES = 10_000  # more directories than any slide has: a chain that bites its tail
 
 Tags = dict[int, NDArray[np.int64]]
@@ -34,12 +35,14 @@ class Facts(NamedTuple):
     """What decides which reader may have the file."""
 
     colour: bool
-    """RGB with 8 bits, perhaps with alpha; otherwise grey with 8 bits."""
+    """RGB with 8 bits, perhaps with a fourth sample; otherwise grey with 8 bits."""
     tiled: bool
     nested: bool
     """Some levels stand in SubIFDs, where OpenSlide does not look."""
     sparse: bool
     """Some tiles are left out; TiffSlide would paint them black."""
+    extra: bool
+    """The fourth sample is no alpha but, say, near infrared; OpenSlide would take it for alpha."""
 
 
 def inspect(path: Path) -> Facts:
@@ -56,7 +59,7 @@ def inspect(path: Path) -> Facts:
         except (struct.error, ValueError) as error:
             raise SlideError(f"{path}: truncated or damaged TIFF ({error}); copy or download it again") from None
     if not pages or HAMAMATSU in pages[0]:  # NDPI packs 64-bit places into 32-bit tags: left to its reader
-        return Facts(colour=True, tiled=True, nested=False, sparse=False)
+        return Facts(colour=True, tiled=True, nested=False, sparse=False, extra=False)
     end = max(_end(tags) for tags in pages)
     if end > size:
         raise SlideError(f"{path}: truncated, {size} bytes of at least {end}; copy or download it again")
@@ -65,6 +68,7 @@ def inspect(path: Path) -> Facts:
         tiled=TILES in pages[0],
         nested=CHILDREN in pages[0],
         sparse=any((tags.get(TILE_BYTES, np.ones(1)) == 0).any() for tags in pages),
+        extra=EXTRA in pages[0] and int(pages[0][EXTRA][0]) == UNSPECIFIED,
     )
 
 
