@@ -26,6 +26,7 @@ from wsi_brush.baselines.patches import Patches, own
 from wsi_brush.baselines.points import Domain
 from wsi_brush.brush import Brush
 from wsi_brush.denoiser import NODE, node_mass
+from wsi_brush.diffusion import Ladder
 from wsi_brush.encoder import Encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
 from wsi_brush.estimate import painting_seconds
@@ -116,7 +117,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     for module in (stream, paint):
         monkeypatch.setattr(module, "side_by_side", in_turn)
         monkeypatch.setattr(module, "on_host", fetched)
-    monkeypatch.setattr(stream, "_coefficients", lambda sigma: (0.1, 0.2, 0.3))  # numbers, not tensors
+    monkeypatch.setattr(Ladder, "coefficients", lambda self, sigma, mpp: (0.1, 0.2, 0.3))  # numbers, not tensors
     monkeypatch.setattr(paint, "find_device", lambda name: device if name == "cuda" else torch.device(name))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield device

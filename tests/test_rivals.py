@@ -30,7 +30,7 @@ from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushErr
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
 from wsi_brush.machine import free_memory
-from wsi_brush.recipe import Optimisation
+from wsi_brush.recipe import Optimisation, read_config
 from wsi_brush.slide import open_slide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -631,3 +631,25 @@ def test_free_memory_is_what_programs_get() -> None:
         pytest.skip("only Linux says")
     assert free is not None
     assert 2**26 < free < 2**46
+
+
+# -- recipes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("system", "precision", "words"),
+    [
+        ("infty-diff", "bfloat16", "infty-diff is trained in float32, not in bfloat16"),
+        ("infty-brush", "bfloat16", "infty-brush is trained in float32, not in bfloat16"),
+        ("sdxl", "float32", "sdxl is painted with, not trained"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_at_once(tmp_path: Path, system: str, precision: str, words: str) -> None:
+    recipe = tmp_path / "recipe.toml"
+    folder = 'folder = "x"' if system == "sdxl" else ""
+    recipe.write_text(
+        f'[data]\nslides = [{{ path = "a.tif" }}]\n[model]\nsystem = "{system}"\n{folder}\n'
+        f'[optimisation]\nprecision = "{precision}"\n'
+    )
+    with pytest.raises(UsageError, match=words):
+        read_config(recipe)

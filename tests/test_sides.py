@@ -92,6 +92,10 @@ class TestSides:
         for spot in spots_of(sides.synthetic, 0.5, 128, most=5):
             assert np.array_equal(sides.synthetic[0].slide.read(spot.grid), slide.read(pair.there(spot.grid)))
             assert pair.here(pair.there(spot.grid)) == spot.grid
+        # a region that ends with the slide may end a pixel beyond it: its corners are rounded to level 0
+        edge = painted(slide, tmp_path / "edge.ome.zarr", Grid(0.5, 513, 641, 512, 384))
+        (pair,) = open_sides([slide.path], [edge]).pairs
+        assert (pair.down, pair.right) == (256.5, 320.5)
         # beside a slide that it cannot have been painted after
         small = copied(slide, tmp_path / "small.tif", Grid(0.5, 256, 256, 400, 500))
         sides = open_sides([small], [target])

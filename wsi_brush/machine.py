@@ -37,7 +37,7 @@ def find_device(name: str) -> torch.device:
 
     try:
         found = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
         raise UsageError(f"{name!r} is no device; expected cpu, cuda or cuda:N")
@@ -45,7 +45,7 @@ def find_device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise MachineError(f"{name}: no CUDA device is available to PyTorch here; use cpu")
-    index = torch.cuda.current_device() if found.index is None else found.index
+    index = torch.cuda.current_device() if found.index is None else int(name.partition(":")[2])  # torch's wraps at 128
     if index >= (count := torch.cuda.device_count()):
         raise MachineError(f"{name}: the CUDA devices here are numbered from 0 to {count - 1}; use one of them")
     with warnings.catch_warnings():

@@ -227,6 +227,17 @@ class TrainConfig(_Strict):
         ours = given.get("system", OURS) == OURS
         return Model.model_validate(sizes) if ours else Rival.model_validate(given)
 
+    @model_validator(mode="after")
+    def _computed(self) -> TrainConfig:
+        if isinstance(self.model, Rival):
+            system, asked = self.model.system, self.optimisation.precision
+            known = system_class(system).precisions
+            if not known:
+                raise ValueError(f'{system} is painted with, not trained; see README, "Baselines"')
+            if asked not in known:
+                raise ValueError(f"{system} is trained in {' or '.join(known)}, not in {asked}")
+        return self
+
 
 def read_config(path: Path) -> TrainConfig:
     """A TOML file as a checked configuration.

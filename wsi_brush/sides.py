@@ -172,8 +172,11 @@ def _place(real: Slide, synthetic: Slide, made: dict[str, Any] | None) -> Grid |
         if abs(real.mpp / reference.get("mpp", math.inf) - 1) > 1e-3:
             return None
         place = Grid(real.mpp, *reference["region"])
-        if place.clip(real.grid) != place:
+        if (
+            place.clip(real.grid.pad(1)) != place
+        ):  # a corner is rounded to a pixel of level 0, at most one beyond the end
             return None
+        place = place.clip(real.grid)
     sizes = [[length * one.mpp for length in one.shape] for one in (place, synthetic.grid)]
     most = 2 * max(real.mpp, synthetic.mpp)
     return place if all(abs(one - other) <= most for one, other in zip(*sizes, strict=True)) else None

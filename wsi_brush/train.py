@@ -68,8 +68,6 @@ def _trained(
     if config.optimisation.threads:
         torch.set_num_threads(config.optimisation.threads)
     check_precision(config.optimisation.precision, device)
-    if device.type != "cpu":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     pack = _pack(config.data, work, slides, tell, device)
     run = Training(config, pack, work, device)
     run.resume(tell)
@@ -140,6 +138,8 @@ class Training:
     def __init__(self, config: TrainConfig, pack: TrainingPack, work: Path, device: torch.device = CPU) -> None:
         self.config, self.pack, self.work, self.device = config, pack, work, device
         o = config.optimisation
+        if device.type == "cuda":  # gradients are noisier than that; whoever asks for a device is given float32
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
         torch.manual_seed(o.seed)
         self.denoiser = _network(config.model, pack.about["dim"])
         if o.start is not None:
@@ -288,11 +288,12 @@ class Training:
     @property
     def _identity(self) -> str:
         """What must not change between a run and its resumption."""
-        changeable = {"minutes", "steps", "threads", "checkpoint_minutes"}
+        changeable = {"minutes", "steps", "threads", "checkpoint_minutes", "retained"}
         plain = self.config.model_dump(
             mode="json", exclude={"optimisation": changeable, "card": True, "data": {"in_memory"}}
         )
-        return fingerprint({"config": plain, "encoder": self.pack.about["fingerprint"]})
+        elsewhere = {} if self.device.type == "cpu" else {"device": self.device.type}  # another noise is drawn there
+        return fingerprint({"config": plain, "encoder": self.pack.about["fingerprint"], **elsewhere})
 
     def checkpoint(self) -> None:
         """Write the older of the two generations anew, or the one that was found damaged."""
@@ -327,7 +328,10 @@ class Training:
                 self._damaged.add(facts["name"])
                 continue
             if facts["identity"] != self._identity:
-                raise RefusedError(f"{path}: made by another configuration; choose another --work or remove it")
+                raise RefusedError(
+                    f"{path}: made by another configuration or on another kind of device; choose another --work or "
+                    "remove it"
+                )
             try:
                 tensors = load_file(path)
             except SafetensorError as error:

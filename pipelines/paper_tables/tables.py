@@ -153,7 +153,7 @@ def measured(tables: dict[str, Any], system: str, size: int, work: Path) -> dict
     shares = (1.0, 0.0, 0.0, 0.0, 0.0)
     data = own.data.model_copy(update={"shares": shares, "sizes": (size, *own.data.sizes[1:]), "in_memory": False})
     for batch in (1, 2):
-        optimisation = own.optimisation.model_copy(update={"batch": batch, "shards": 1})
+        optimisation = own.optimisation.model_copy(update={"batch": batch, "shards": 1, "precision": "float32"})
         config = own.model_copy(update={"data": data, "optimisation": optimisation})
         run = Training(config, TrainingPack(work / "pack"), work / "cost")
         run.step()
@@ -227,13 +227,14 @@ def main(arguments: argparse.Namespace) -> None:
     systems: Sequence[str] = arguments.only or list(tables["systems"])
     brushes = {system: trained(tables, system, slides, work, arguments.device) for system in systems}
     trainings = {system: load_brush(brush).about["training"] for system, brush in brushes.items()}
-    lines = [f"{tables['minutes']:g} minutes of training a system, {tables['steps']} steps of the solver; wsi-brush "
-             f"{__version__}, {date.today()}. Trained: "
-             + ", ".join(f"{system} {one['steps']} steps of {one['optimisation']['batch']} scenes"
-                         for system, one in trainings.items())
+    lines = [f"{tables['steps']} steps of the solver; wsi-brush {__version__}, {date.today()}. Trained: "
+             + ", ".join(f"{system} {one['minutes']:g} minutes, {one['steps']} steps of "
+                         f"{one['optimisation']['batch']} scenes" for system, one in trainings.items())
              + f" ({', '.join(sorted({one.get('device', 'device not recorded') for one in trainings.values()}))}).",
              ""]  # fmt: skip
-    parameters: dict[str, int] = {}
+    parameters = {
+        system: sum(p.numel() for p in load_brush(brush).network.parameters()) for system, brush in brushes.items()
+    }
     for one in tables["paintings"]:
         size, each = one["size"], arguments.each or one["each"]
         if arguments.sizes and size not in arguments.sizes:
@@ -242,7 +243,6 @@ def main(arguments: argparse.Namespace) -> None:
         for system, brush in brushes.items():
             folder = painted(tables, system, brush, slides, work, size, each, arguments.device)
             about = json.loads((folder / "done.json").read_text())
-            parameters[system] = about["parameters"]
             seconds[system] = float(np.mean(about["seconds"])) if about["seconds"] else float("nan")
             found[system] = judged(tables, slides, folder)
         lines += [f"## {size}²: {len(tables['held_out']) * each} paintings after held-out slides", "",

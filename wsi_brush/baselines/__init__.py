@@ -43,6 +43,7 @@ class System(nn.Module, ABC):
     """
 
     name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")  # that it can be trained in; none: it is not
     sizes: ClassVar[type[Any]]
     config: Any
 

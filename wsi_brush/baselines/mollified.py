@@ -118,6 +118,7 @@ def _response(side: int, width: float) -> np.ndarray[Any, np.dtype[np.float32]]:
 class Mollified(System):
     """What the systems of this kind share; `config` has `width`, `grid`, `node`, `mollifier` and `kernel`."""
 
+    precisions = ("float32",)
     conditional: ClassVar[bool] = True
     weighting: Weighting = "plain"
 

@@ -98,6 +98,7 @@ class Sdxl(System):
     which a brush with another prompt is another brush."""
 
     name = "sdxl"
+    precisions = ()
     sizes = SdxlConfig
     config: SdxlConfig
 

@@ -29,8 +29,8 @@ def errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         interrupted()
     except (WsiBrushError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "not enough memory" not in str(error):
-            raise  # torch's CPU allocator says so with a plain RuntimeError; any other is a fault of ours
+        if isinstance(error, RuntimeError) and not _says_no_memory(error):
+            raise
         if debug:
             traceback.print_exc()
         if isinstance(error, WsiBrushError):
@@ -39,8 +39,13 @@ def errors(debug: bool) -> Iterator[None]:
         if isinstance(error, OSError):
             say(f"{error.filename or 'input or output'}: {error.strerror or error}")
         else:
-            say("out of memory; paint a smaller region, or on a larger machine")
+            say("out of memory; paint a smaller region, train with a smaller `batch`, or on a larger machine")
         raise typer.Exit(MachineError.exit_code) from None
+
+
+def _says_no_memory(error: RuntimeError) -> bool:
+    """torch's allocators: that of a GPU has an error of its own, that of the CPU says so with a plain RuntimeError."""
+    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
 
 
 def say(line: str) -> None:
