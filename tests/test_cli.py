@@ -285,6 +285,38 @@ class TestEvaluate:
         shown = words("evaluate", *arguments, "--overwrite", "--quiet")
         assert (shown.code, shown.out) == (0, "")
 
+    def test_what_the_brush_was_trained_on_is_searched_for_copies(
+        self, words: Words, tissue_slide: Path, tmp_path: Path
+    ) -> None:
+        """The synthetic side is a training slide upside down, half of it trained on; the real one is a mosaic."""
+        pixels = (slide := open_slide(tissue_slide)).read(slide.grid)
+        flipped = write_pyramid(tmp_path / "flipped.tif", [pixels[::-1]])
+        stones = pixels.reshape(32, 32, 32, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
+        stones = np.random.default_rng(0).permutation(np.concatenate([stones, stones]))
+        mosaic = stones.reshape(32, 64, 32, 32, 3).swapaxes(1, 2).reshape(1024, 2048, 3)
+        real, report = write_pyramid(tmp_path / "mosaic.tif", [mosaic]), tmp_path / "report"
+        arguments = ["--real", real, "--synthetic", flipped, "-o", report, "--most", 64]
+        arguments += ["--training", tissue_slide, real, "--trained-until", 0.5]
+        plan = words("evaluate", *arguments, "--dry-run")
+        assert plan.code == 0
+        assert "training: tissue.tif, mosaic.tif" in plan.out
+        assert "looking for copies" in plan.out
+        ran = words("evaluate", *arguments)
+        assert ran.code == 0, ran.err
+        assert "mosaic.tif: what was trained on is not held out" in ran.err
+        assert "correlation with the nearest training tile" in ran.out
+        found = json.loads((report / "report.json").read_text("utf-8"))["copying"]
+        assert found["training"] == ["tissue.tif", "mosaic.tif"]
+        assert 0.3 < found["share"]["value"] < 0.7
+        assert found["share"]["floor"] <= 0.05
+        assert [one["turn"] for one in found["worst"][:8]] == [1] * 8
+        assert {one["training"] for one in found["worst"][:8]} == {0}
+        page = (report / "report.html").read_text("utf-8")
+        assert page.count("nearest in training</figcaption>") == len(found["worst"]) == 12
+        assert "the left 50 %" in page
+        for value in ("0", "1.5"):
+            assert "--trained-until" in words("evaluate", *arguments, "--trained-until", value).one_line(1)
+
     def test_several_encoders_have_their_figures_each(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
         about = json.loads((WEIGHTS / "encoder.json").read_text("utf-8"))
         shutil.copy(WEIGHTS / "encoder.safetensors", tmp_path / "mine.safetensors")

@@ -155,7 +155,7 @@ def test_an_overfitted_brush_is_found_out(kin: Path, eight: list[Path], tmp_path
         paintings.append(tmp_path / f"{number}.ome.zarr")
         synthesize_slide(slide, paintings[-1], how, brush=brush, encoder=Colours())  # type: ignore[arg-type]
     own, other = (
-        copying.copying(open_sides([kin / "held.tif"], paintings), among, JPEG, most=1000, seed=0)
+        copying.copying(open_sides([kin / "held.tif"], paintings), among, JPEG, most=300, seed=0)
         for among in ([kin / "training.tif", *eight], [kin / "training.tif"])
     )
     assert own["synthetic"] == other["synthetic"] == 16

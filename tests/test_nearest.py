@@ -50,6 +50,8 @@ def test_the_nearest_of_all_slides_is_found(kin: Path, tmp_path: Path) -> None:
     away = nearest(tiles[:1], [(slides[0], Grid(PITCH, 0, 128, 256, 192))], Codec("none"))[0]  # not where it was cut
     assert away.correlation < 0.6
     assert away.grid.left >= 256
+    odd = nearest(tiles[:1], [(slides[0], Grid(PITCH, 1, 3, 254, 280))], Codec("none"))[0]  # over a block's edge
+    assert (odd.grid, odd.turn) == (hits[0].grid, 0)
 
 
 def test_what_is_nearly_blank_is_near_to_nothing(kin: Path, tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ class Hit(NamedTuple):
 def nearest(tiles: Sequence[Place], among: Sequence[Place], codec: Codec, *, tell: Tell | None = None) -> list[Hit]:
     """For each tile of `SIDE` x `SIDE` pixels the nearest place within the areas among which it is looked for.
 
-    Of several equal ones it is the first. Where there is none with tissue the correlation is -1.
+    Areas have an even number of pixels a side (as `whole`). Of several equal places it is the first. Where there is
+    none with tissue the correlation is -1.
     """
     told = Told(tell, "looking for copies", sum(len(_regions(area)) for _, area in among))
     best = _Candidates(len(tiles))
@@ -106,7 +107,7 @@ def whole(slide: Slide, until: float = 1.0) -> Grid:
 
 def _regions(area: Grid) -> list[Grid]:
     """What is read at once: tiles begin in squares of `_REGION` pixels, and reach beyond."""
-    squares = area.aligned(_REGION).tiles(_REGION)
+    squares = area.tiles(_REGION)
     parts = (Grid(PITCH, s.top, s.left, s.height + SIDE - 2, s.width + SIDE - 2).clip(area) for s in squares)
     return [part for part in parts if min(part.shape) >= SIDE]
 
