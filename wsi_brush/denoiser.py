@@ -321,8 +321,8 @@ class Denoiser(nn.Module):
         return self._out(fine, mid, setting, around=around).permute(0, 3, 1, 2)
 
     def keep(self, mid: Tensor, risen: Tensor, around: Around) -> Tensor:
-        """What the level of 8 pixels and the way up added at 4 pixels, for `retouch`: from `descend`, whose `mid` becomes
-        the result, and `rise`."""
+        """What the level of 8 pixels and the way up added at 4 pixels, for `retouch`: from `descend` and `rise`; `mid`
+        becomes the result."""
         mid = _cut(mid, around, self.config.reaches[0], 4)
         return torch.sub(risen, mid, out=mid)
 

@@ -347,8 +347,8 @@ class CrossAttention(nn.Module):
         return [remember(t) for remember, t in zip(self.sets, tokens, strict=True)]
 
     def forward(self, u: Tensor, place: Tensor, memory: list[Tensor], cells: Cells | None = None) -> Tensor:
-        """Features u and positional features `place`, both (..., c); `memory` from `remember`. Without gradients u itself
-        may become the result."""
+        """Features u and positional features `place`, both (..., c); `memory` from `remember`. Without gradients u may
+        become the result."""
         if cells is None:
             return by_bands(partial(self._attend, memory=memory), u.shape[1], u, place, into=u)
         return self._attend(u, place, memory, cells)

@@ -28,7 +28,7 @@ from .diffusion import Ladder, Move, Solver, finer, moves, ramped
 from .errors import UsageError
 from .field import NoiseField
 from .grid import Grid
-from .machine import Precision, check_precision, find_device, full_device_said
+from .machine import Precision, check_precision, find_device, full_device_said, release_memory
 from .progress import Tell, Told
 from .scratch import CHUNK, Plane, Work, check_room, new_plane
 from .store import EmbeddingMap
@@ -323,6 +323,8 @@ class Run:
         self, stage: Stage, planes: Mapping[str, Plane], found: Mapping[str, Plane], folder: Path | None, number: int,
         hands: Hands | None,
     ) -> None:  # fmt: skip
+        if kept(self._painting.memory) is not None:
+            release_memory()  # pieces that the stage before left
         tiles = tiles_of(found["x"].shape, self._painting.tile, threads=threads_for(self._device))
         denoiser = self.denoiser(stage) if stage.move is not None else None
         if denoiser is not None:
@@ -353,11 +355,10 @@ class Run:
         seen = denoiser.image(planes["x"], windows[0], keep=count > 0)
         before = read_plane(planes["image"], windows[0], self._device) if stage.move.old else None
         x = stage.move.of(seen.state, seen.image, before, self._fresh(stage, stage.move, windows[0]))
-        image = seen.plain if stage.plain else seen.image
+        image, before, seen = seen.plain if stage.plain else seen.image, None, seen._replace(state=x)
         for move, (window, inner) in zip(stage.retouches, pairwise(windows), strict=True):
-            found = denoiser.retouch(x, window, seen, inner, canvas, move.sigma)
-            x, before = (u[:, *inner.within(window)] for u in (x, image))
-            x, image = move.of(x, found, before, self._fresh(stage, move, inner)), found
+            found, place = denoiser.retouch(x, window, seen, inner, canvas, move.sigma), inner.within(window)
+            x, image = move.of(x[:, *place], found, image[:, *place], self._fresh(stage, move, inner)), found
         return {"x": x, "image": image}
 
     def _fresh(self, stage: Stage, move: Move, window: Grid) -> Tensor | None:
