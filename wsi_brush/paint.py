@@ -177,10 +177,8 @@ def budget(painting: Painting, config: DenoiserConfig) -> tuple[int, int]:
     sides = [side for side in (1024, 768, 512, 256, 128) if side <= painting.tile] or [painting.tile]
     window = _WINDOWS[kept(painting.memory) is None]
     if not painting.device.startswith("cpu"):  # the operator takes the GPU's memory; as large as they are asked for
-        sides, window = (
-            [painting.tile, *(painting.tile // k for k in (2, 4) if painting.tile % (k * NODE) == 0)],
-            _CARRIED,
-        )
+        sides = [painting.tile, *(painting.tile // k for k in (2, 4) if painting.tile % (k * NODE) == 0)]
+        window = _CARRIED
     threads = threads_for(torch.device(painting.device)) or torch.get_num_threads()
     needs = [_BASE + threads * window * (side + 2 * reach(config)) ** 2 for side in sides]
     for side, need in zip(sides, needs, strict=True):
@@ -340,7 +338,10 @@ class Run:
     def _here(
         self, stage: Stage, planes: Mapping[str, Plane], found: Mapping[str, Plane], tiles: list[Grid]
     ) -> Iterator[Grid]:
-        work = partial(self.tile_after, stage, planes)
+        def work(tile: Grid) -> dict[str, Tensor]:
+            values = self.tile_after(stage, planes, tile)
+            return {name: values[name] for name in found}  # nothing else waits to be written
+
         for tile, values in side_by_side(work, tiles, threads=threads_for(self._device)):
             write_tile(found, tile, values)
             yield tile
