@@ -296,31 +296,35 @@ class Denoiser(nn.Module):
         """The way up: features at 4 pixels, which reach `reaches[0]` pixels beyond what is wanted.
 
         `node`: the first row and column of nodes in `grid`; `around`: pixels at the window's sides (top, left, bottom,
-        right; multiples of CELL) that are not wanted.
+        right; multiples of CELL) that are not wanted. Without gradients nothing is left of `deep`.
         """
-        deep = _cut(deep, around, self.config.reaches[-1], CELL)
-        top, left = (max(0, side - self.config.reaches[-1]) for side in around[:2])
-        given, place = self._given(setting, grid, deep, corner=(corner[0] + top, corner[1] + left), node=node)
-        return self._up(mid, deep, setting, given, place, memory, around=around)
+        reach = self.config.reaches[-1]
+        deep = _cut(deep, around, reach, CELL)
+        rows, columns = (
+            (torch.arange(size, device=deep.device) + 0.5) * CELL + (start + max(0, side - reach))[:, None]
+            for size, start, side in zip(deep.shape[1:3], corner, around[:2], strict=True)
+        )
+
+        def told(deep: Tensor, rows: Tensor) -> Tensor:
+            layout = interpolate(grid, rows / NODE - node[0], columns / NODE - node[1])
+            return deep + (setting.read(rows, columns) + self.gather(layout))
+
+        deep = by_bands(told, deep.shape[1], deep, rows, into=deep)
+        place = by_bands(lambda _, rows: self.place(setting.places(rows, columns)), deep.shape[1], deep, rows)
+        return self._up(mid, deep, setting, place, memory, around=around)
 
     def finish(self, fine: Tensor, mid: Tensor, setting: Setting, *, around: Around = (0, 0, 0, 0)) -> Tensor:
-        """F, (n, 3, h, w) of what is wanted of a window, from its features at 2 pixels and those that rose to 4."""
+        """F, (n, 3, h, w) of what is wanted of a window, from its features at 2 pixels and those that rose to 4.
+
+        Without gradients nothing is left of either.
+        """
         return self._out(fine, mid, setting, around=around).permute(0, 3, 1, 2)
 
-    def _given(
-        self, setting: Setting, grid: Tensor, deep: Tensor, *, corner: tuple[Tensor, Tensor], node: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """What the cells at 8 pixels are told, by embeddings and layout, and their places as features."""
-        rows, columns = (
-            (torch.arange(size, device=deep.device) + 0.5) * CELL + start[:, None]
-            for size, start in zip(deep.shape[1:3], corner, strict=True)
-        )
-        gathered = interpolate(grid, rows / NODE - node[0], columns / NODE - node[1])
-        return setting.read(rows, columns) + self.gather(gathered), self.place(setting.places(rows, columns))
-
     def keep(self, mid: Tensor, risen: Tensor, around: Around) -> Tensor:
-        """What the level of 8 pixels and the way up added at 4 pixels, for `retouch`: from `descend` and `rise`."""
-        return risen - _cut(mid, around, self.config.reaches[0], 4)
+        """What the level of 8 pixels and the way up added at 4 pixels, for `retouch`: from `descend` and `rise`; `mid`
+        becomes the result."""
+        mid = _cut(mid, around, self.config.reaches[0], 4)
+        return torch.sub(risen, mid, out=mid)
 
     def retouch(self, x: Tensor, setting: Setting, kept: Tensor, *, around: Around) -> Tensor:
         """F at a window (n, 3, h, w) without `around`, with what is deeper kept from an evaluation at a little more
@@ -330,7 +334,7 @@ class Denoiser(nn.Module):
         mean over their cells is next to nothing they see what they saw before.
         """
         fine, mid = self._down(self._mollified(x, self.enter2), setting)
-        mid = _cut(mid, around, self.config.reaches[0], 4) + kept
+        mid = _cut(mid, around, self.config.reaches[0], 4).add_(kept)
         return self.finish(fine, mid, setting, around=around)
 
     def paint_points(self, u: Tensor, scatter: Scatter, setting: Setting, grid: Tensor, memory: list[Tensor]) -> Tensor:
@@ -341,7 +345,7 @@ class Denoiser(nn.Module):
         given = setting.read_points(rows, columns, scene) + self.gather(layout)
         place = self.place(setting.places_of_points(rows, columns, scene))
         fine, mid = self._down(self.enter2(u, scatter.levels[0]), setting, scatter)
-        mid = self._up(mid, self.enter8(mid, cells), setting, given, place, memory, scatter)
+        mid = self._up(mid, self.enter8(mid, cells) + given, setting, place, memory, scatter)
         return self._out(fine, mid, setting, scatter)
 
     def _down(self, fine: Tensor, setting: Setting, scatter: Scatter | None = None) -> tuple[Tensor, Tensor]:
@@ -350,18 +354,19 @@ class Denoiser(nn.Module):
         return fine, through(self.down4, self.enter4(fine, at4), setting.signal, at4)
 
     def _up(
-        self, mid: Tensor, deep: Tensor, setting: Setting, given: Tensor, place: Tensor, memory: list[Tensor],
+        self, mid: Tensor, u: Tensor, setting: Setting, place: Tensor, memory: list[Tensor],
         scatter: Scatter | None = None, *, around: Around = (0, 0, 0, 0),
     ) -> Tensor:  # fmt: skip
         _, at4, at8 = scatter.levels if scatter is not None else (None, None, None)
-        u, (_, mid_reach, reach) = deep + given, self.config.reaches
+        _, mid_reach, reach = self.config.reaches
         for depth, block in enumerate(self.middle8):
             u = through([block], u, setting.signal, at8)
             # every operator leaves out what lies further off than those to come can see
-            u = _cut(u, _left(around, reach), reach - CELL, CELL).contiguous()
+            u = _cut(u, _left(around, reach), reach - CELL, CELL)
             reach -= CELL
             if depth == max(len(self.middle8) // 2, 1) - 1:
                 u = self.cross8(u, _cut(place, _left(around, self.config.reaches[-1]), reach, CELL), memory, at8)
+                del place
         mid = through(self.up4, self.leave8(u, at8, onto=_cut(mid, around, mid_reach, 4)), setting.signal, at4)
         return _cut(mid, _left(around, mid_reach), self.config.reaches[0], 4)
 
@@ -371,7 +376,8 @@ class Denoiser(nn.Module):
     ) -> Tensor:  # fmt: skip
         at2, at4, _ = scatter.levels if scatter is not None else (None, None, None)
         reach = self.config.reaches[0]
-        fine = through(self.up2, self.leave4(mid, at4, onto=_cut(fine, around, reach, 2)), setting.signal, at2)
+        fine = self.leave4(mid, at4, onto=_cut(fine, around, reach, 2), in_place=True)
+        fine = through(self.up2, fine, setting.signal, at2)
         out: Tensor = self.leave2(_cut(fine, _left(around, reach), 0, 2), at2)
         return out
 

@@ -174,13 +174,16 @@ class Refine(nn.Module):
         super().__init__()
         self.mix = nn.Linear(channels, 4 * out)
 
-    def forward(self, u: Tensor, cells: Cells | None = None, onto: Tensor | float = 0.0) -> Tensor:
-        """(n, rows, columns, c) -> (n, 2 rows, 2 columns, out), or (cells, c) -> (points, out), added to `onto`."""
+    def forward(
+        self, u: Tensor, cells: Cells | None = None, onto: Tensor | float = 0.0, *, in_place: bool = False
+    ) -> Tensor:
+        """(n, rows, columns, c) -> (n, 2 rows, 2 columns, out), or (cells, c) -> (points, out), added to `onto`, which
+        without gradients may become the result where it is given up `in_place`."""
         if cells is not None:
             children: Tensor = self.mix(u)
             return onto + rows_of(children.unflatten(-1, (4, -1)).flatten(0, 1), cells.children * 4 + cells.slots)
         if isinstance(onto, Tensor):
-            return by_bands(self._on_lattice, u.shape[1], u, onto)
+            return by_bands(self._on_lattice, u.shape[1], u, onto, into=onto if in_place else None)
         return by_bands(self._on_lattice, u.shape[1], u)
 
     def _on_lattice(self, u: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -230,7 +233,8 @@ class Block(nn.Module):
             h = self.kernel.band(band, first=top == 0, last=last)
             h = functional.layer_norm(h, (channels,), 1 + scale, shift).flatten(0, 2)
             h = functional.gelu(torch.addmm(self.widen.bias, h, widen))
-            u[:, top:bottom].add_(self.narrow.bias).view(-1, channels).addmm_(h, narrow)
+            here = u[:, top:bottom]
+            here.copy_(torch.addmm((here + self.narrow.bias).view(-1, channels), h, narrow).view_as(here))
         return u
 
 
@@ -242,17 +246,20 @@ def through(blocks: Iterable[nn.Module], u: Tensor, signal: Tensor, cells: Cells
     return u
 
 
-def by_bands(work: Callable[..., Tensor], rows: int, *lattices: Tensor, halo: int = 0) -> Tensor:
+def by_bands(
+    work: Callable[..., Tensor], rows: int, *lattices: Tensor, halo: int = 0, into: Tensor | None = None
+) -> Tensor:
     """`work` on lattices (n, rows or a multiple of it, columns, c), which says of a row what rows within `halo` decide.
 
-    Without gradients in bands of rows that fit a core's cache, so that what is between is never a whole lattice.
+    Without gradients in bands of rows that fit a core's cache, so that what is between is never a whole lattice; then
+    `into`, one of the lattices or another of the result's shape, may become the result.
     """
     size = max(lattice.numel() for lattice in lattices)
     step = max(1, rows * _BAND // max(size, 1))
     if step >= rows or not _banded(lattices[0]):
         return work(*lattices)
     times = [lattice.shape[1] // rows for lattice in lattices]
-    found: Tensor | None = None
+    found = into
     for top in range(0, rows, step):
         bottom = min(top + step, rows)
         start, stop = max(top - halo, 0), min(bottom + halo, rows)
@@ -340,9 +347,10 @@ class CrossAttention(nn.Module):
         return [remember(t) for remember, t in zip(self.sets, tokens, strict=True)]
 
     def forward(self, u: Tensor, place: Tensor, memory: list[Tensor], cells: Cells | None = None) -> Tensor:
-        """Features u and positional features `place`, both (..., c); `memory` from `remember`."""
+        """Features u and positional features `place`, both (..., c); `memory` from `remember`. Without gradients u may
+        become the result."""
         if cells is None:
-            return by_bands(partial(self._attend, memory=memory), u.shape[1], u, place)
+            return by_bands(partial(self._attend, memory=memory), u.shape[1], u, place, into=u)
         return self._attend(u, place, memory, cells)
 
     def _attend(self, u: Tensor, place: Tensor, memory: list[Tensor], cells: Cells | None = None) -> Tensor:

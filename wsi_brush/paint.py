@@ -28,7 +28,7 @@ from .diffusion import Ladder, Move, Solver, finer, moves, ramped
 from .errors import UsageError
 from .field import NoiseField
 from .grid import Grid
-from .machine import Precision, check_precision, find_device, full_device_said
+from .machine import Precision, check_precision, find_device, full_device_said, release_memory
 from .progress import Tell, Told
 from .scratch import CHUNK, Plane, Work, check_room, new_plane
 from .store import EmbeddingMap
@@ -177,10 +177,8 @@ def budget(painting: Painting, config: DenoiserConfig) -> tuple[int, int]:
     sides = [side for side in (1024, 768, 512, 256, 128) if side <= painting.tile] or [painting.tile]
     window = _WINDOWS[kept(painting.memory) is None]
     if not painting.device.startswith("cpu"):  # the operator takes the GPU's memory; as large as they are asked for
-        sides, window = (
-            [painting.tile, *(painting.tile // k for k in (2, 4) if painting.tile % (k * NODE) == 0)],
-            _CARRIED,
-        )
+        sides = [painting.tile, *(painting.tile // k for k in (2, 4) if painting.tile % (k * NODE) == 0)]
+        window = _CARRIED
     threads = threads_for(torch.device(painting.device)) or torch.get_num_threads()
     needs = [_BASE + threads * window * (side + 2 * reach(config)) ** 2 for side in sides]
     for side, need in zip(sides, needs, strict=True):
@@ -323,6 +321,8 @@ class Run:
         self, stage: Stage, planes: Mapping[str, Plane], found: Mapping[str, Plane], folder: Path | None, number: int,
         hands: Hands | None,
     ) -> None:  # fmt: skip
+        if kept(self._painting.memory) is not None:
+            release_memory()  # pieces that the stage before left
         tiles = tiles_of(found["x"].shape, self._painting.tile, threads=threads_for(self._device))
         denoiser = self.denoiser(stage) if stage.move is not None else None
         if denoiser is not None:
@@ -338,7 +338,10 @@ class Run:
     def _here(
         self, stage: Stage, planes: Mapping[str, Plane], found: Mapping[str, Plane], tiles: list[Grid]
     ) -> Iterator[Grid]:
-        work = partial(self.tile_after, stage, planes)
+        def work(tile: Grid) -> dict[str, Tensor]:
+            values = self.tile_after(stage, planes, tile)
+            return {name: values[name] for name in found}  # nothing else waits to be written
+
         for tile, values in side_by_side(work, tiles, threads=threads_for(self._device)):
             write_tile(found, tile, values)
             yield tile
@@ -353,11 +356,10 @@ class Run:
         seen = denoiser.image(planes["x"], windows[0], keep=count > 0)
         before = read_plane(planes["image"], windows[0], self._device) if stage.move.old else None
         x = stage.move.of(seen.state, seen.image, before, self._fresh(stage, stage.move, windows[0]))
-        image = seen.plain if stage.plain else seen.image
+        image, before, seen = seen.plain if stage.plain else seen.image, None, seen._replace(state=x)
         for move, (window, inner) in zip(stage.retouches, pairwise(windows), strict=True):
-            found = denoiser.retouch(x, window, seen, inner, canvas, move.sigma)
-            x, before = (u[:, *inner.within(window)] for u in (x, image))
-            x, image = move.of(x, found, before, self._fresh(stage, move, inner)), found
+            found, place = denoiser.retouch(x, window, seen, inner, canvas, move.sigma), inner.within(window)
+            x, image = move.of(x[:, *place], found, image[:, *place], self._fresh(stage, move, inner)), found
         return {"x": x, "image": image}
 
     def _fresh(self, stage: Stage, move: Move, window: Grid) -> Tensor | None:

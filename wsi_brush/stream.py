@@ -152,15 +152,16 @@ class CanvasDenoiser:
         window = tile.pad(self._net.config.halo).clip(_canvas(x))
         rows, columns = tile.within(window)
         around = read_plane(x, window, self._device)
-        state = around[:, rows, columns]
+        state, around = around[:, rows, columns].clone(), around * self._into
         grids = [asked.features(window) for asked in self._asked]  # before the device has work
         sides, setting = _around(tile, window), self._asked[0].setting
         with products(self._precision, self._device):
-            fine, mid, deep = self._net.descend(around[None] * self._into, setting)
-            risen = [a.rise(mid, deep, grid, window, tile) for a, grid in zip(self._asked, grids, strict=True)]
+            fine, mid, deep = self._net.descend(around[None], setting)
+            own = torch.clone if len(self._asked) > 1 else torch.Tensor.detach  # what is made of features uses them up
+            risen = [a.rise(mid, own(deep), grid, window, tile) for a, grid in zip(self._asked, grids, strict=True)]
             kept = self._net.keep(mid, risen[0], sides) if keep else None
-            del mid, deep  # the peak is what comes next
-            said = [self._net.finish(fine, one, setting, around=sides)[0].float() for one in risen]
+            del around, mid, deep
+            said = [self._net.finish(own(fine), one, setting, around=sides)[0].float() for one in risen]
         skip, out, _ = self._coefficients(self._sigma)
         image = plain = skip * state + out * said[0]
         if len(said) > 1:
