@@ -120,7 +120,9 @@ def test_a_label_is_one_vector_at_every_pitch_and_place() -> None:
     assert set(maps) == {0.5, 2.0, 8.0}
     for mpp, found in maps.items():
         assert found.lattice == region.at(128 * mpp)
-        np.testing.assert_array_equal(found.read(region.at(4.0)), np.broadcast_to([0, 1, 0], (*region.at(4.0).shape, 3)))
+        np.testing.assert_array_equal(
+            found.read(region.at(4.0)), np.broadcast_to([0, 1, 0], (*region.at(4.0).shape, 3))
+        )
     assert labels.fingerprint == Labels.of(["blond", "grey", "black"]).fingerprint != Labels.of(["blond"]).fingerprint
     with pytest.raises(UsageError, match="'red' is no label of this brush; it knows black, blond, grey"):
         labels.maps("red", region)
@@ -213,7 +215,10 @@ def test_other_labels_are_other_paintings(brush: Path, tmp_path: Path) -> None:
         (["--label", "red"], "'red' is no label of this brush; it knows black, blond"),
         ([], "--ref and --label are missing; give --ref SLIDE, or --label NAME"),
         (["--label", "blond", "--ref", "REF"], "--ref and --label exclude each other"),
-        (["--ref", "REF", "--assume-mpp", "0.5"], "this brush follows labels, no reference; give --label, one of black"),
+        (
+            ["--ref", "REF", "--assume-mpp", "0.5"],
+            "this brush follows labels, no reference; give --label, one of black",
+        ),
         (["--label", "blond", "--brush", "bundled"], "this brush knows no labels, it follows embeddings of bundled"),
         (["--label", "blond", "--region", "0,0,9,9"], "--region: is for a reference"),
         (["--label", "blond", "--png", "a.png"], "--png: is for a reference"),
@@ -221,7 +226,12 @@ def test_other_labels_are_other_paintings(brush: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_asked_for_is_one_line(
-    brush: Path, faces: Path, tmp_path: Path, words: Callable[..., tuple[int, str, str]], arguments: list[str], line: str
+    brush: Path,
+    faces: Path,
+    tmp_path: Path,
+    words: Callable[..., tuple[int, str, str]],
+    arguments: list[str],
+    line: str,
 ) -> None:
     given = [str(faces / "black/0.jpg") if word == "REF" else word for word in arguments]
     brushes = [] if "--brush" in given else ["--brush", brush]
