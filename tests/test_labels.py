@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import timm
 import torch
 import zarr
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import save_file
 
 from wsi_brush import cli
 from wsi_brush.brush import Brush, load_brush
+from wsi_brush.commit import sha256_of
 from wsi_brush.coordinates import CoordinateSampler, TrainingPack
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.grid import Grid
@@ -375,6 +378,40 @@ def test_the_recipe_of_aerial_images_trains_on_stand_ins(
     )
     assert code == 0, err
     assert set(json.loads(out)["cosine"]) == {"0.5"}  # a whole tile of 64 µm, though it is no tissue
+
+
+@pytest.mark.parametrize("name", ["uni", "ctranspath"])
+def test_the_recipes_of_tissue_train_after_a_local_encoder(
+    name: str, tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: Callable[..., tuple[int, str, str]],
+) -> None:  # fmt: skip
+    """The recipe's own words: a pattern, and the encoder's file by its name in the folder where it is run."""
+    torch.manual_seed(0)
+    kwargs = {"num_classes": 0, "img_size": 64, "patch_size": 16, "embed_dim": 12, "depth": 1, "num_heads": 2}
+    network = timm.create_model("vit_tiny_patch16_224", pretrained=False, **kwargs, init_values=1e-5)
+    save_file(network.state_dict(), tmp_path / f"{name}.safetensors")
+    about = {
+        "name": name, "architecture": "vit_tiny_patch16_224", "kwargs": kwargs | {"init_values": 1e-5}, "tile": 64,
+        "mean": [0.5] * 3, "std": [0.5] * 3, "dim": 12, "sha256": sha256_of(tmp_path / f"{name}.safetensors"),
+    }  # fmt: skip
+    (tmp_path / f"{name}.json").write_text(json.dumps(about))
+    (tmp_path / "slides").mkdir()
+    for letter in "ab":
+        (tmp_path / "slides" / f"{letter}.svs").symlink_to(tissue_slide)
+    monkeypatch.chdir(tmp_path)
+    config = shrunk(f"tcga_brca_{name}.toml")
+    made = train_brush(
+        config, tmp_path / "brush", work=tmp_path / "work", slides=tmp_path / "slides", tell=lambda line: None
+    )
+    assert (made.about["encoder"], made.everywhere, made.labels) == (name, False, None)
+    sources = TrainingPack(tmp_path / "work" / "pack").about["sources"]
+    assert [source["path"] for source in sources] == ["a.svs", "b.svs"]
+    code, out, err = words(
+        *("synthesize", "--ref", "slides/a.svs", "--size", 128, "--steps", 5, "--brush", "brush", "--json"),
+        *("--encoder", f"{name}.safetensors", "-o", "new.ome.zarr"),
+    )
+    assert code == 0, err
+    assert json.loads(out)["height"] == 128
 
 
 def test_a_brush_of_tissue_looks_at_tissue(tissue_slide: Path) -> None:
