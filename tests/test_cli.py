@@ -232,7 +232,7 @@ class TestUsage:
         ("arguments", "named"),
         [
             (["embed"], "Missing argument"),
-            (["synthesize"], "--ref"),
+            (["synthesize", "-o", "out"], "--ref"),
             (["paint"], "No such command"),
             (["--sharp"], "No such option"),
             (["embed", "a.svs", "-o", "out", "--sharp"], "No such option"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import timm
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from wsi_brush.commit import sha256_of
-from wsi_brush.encoder import BUNDLED, MICRO_BATCH, Encoder, load_encoder
+from wsi_brush.encoder import BUNDLED, MICRO_BATCH, ConvolutionalStem, Encoder, load_encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
 
 SIDE = 48
@@ -251,3 +254,94 @@ def test_the_bundled_encoder_has_its_card() -> None:
     card = BUNDLED.with_suffix(".md").read_text(encoding="utf-8")
     for word in ("Balci", "CC BY 4.0", "not for diagnosis", sha256_of(BUNDLED)[:12]):
         assert word in card
+
+
+# the encoders of the paper's data ------------------------------------------------------------------
+
+TINY: dict[str, dict[str, Any]] = {
+    "uni": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+    "ctranspath": {"embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2)},
+}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """pipelines/paper_data/weights.py, for tiny networks of the published kinds."""
+    path = Path(__file__).parents[1] / "pipelines" / "paper_data" / "weights.py"
+    spec = importlib.util.spec_from_file_location("paper_data_weights", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, sizes in TINY.items():
+        about = module.ENCODERS[name]
+        changed = {"kwargs": about["kwargs"] | sizes, "dim": 32}
+        monkeypatch.setitem(module.ENCODERS, name, about | changed)
+    return module
+
+
+def published(script: Any, name: str, path: Path) -> nn.Module:
+    """A network as its authors would publish it: UNI's tensors alone, CTransPath's with the names of an older timm."""
+    torch.manual_seed(1)
+    about = script.ENCODERS[name]
+    stem = {"embed_layer": ConvolutionalStem} if name == "ctranspath" else {}
+    network: nn.Module = timm.create_model(about["architecture"], pretrained=False, **about["kwargs"], **stem)
+    with torch.no_grad():
+        for value in network.state_dict().values():
+            if value.is_floating_point():
+                value.uniform_(0.02, 0.2)
+    tensors = dict(network.state_dict())
+    if name == "uni":
+        torch.save(tensors, path)
+        return network.eval()
+    tensors = {key.replace("layers.1.downsample", "layers.0.downsample"): value for key, value in tensors.items()}
+    tensors["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.int64)
+    tensors["head.weight"] = torch.zeros(5, 32)
+    torch.save({"model": tensors}, path)
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", ["uni", "ctranspath"])
+def test_published_weights_become_an_encoder(script: Any, name: str, tmp_path: Path) -> None:
+    network = published(script, name, tmp_path / "published.pth")
+    script.convert(name, tmp_path / "published.pth", tmp_path / f"{name}.safetensors")
+    encoder = load_encoder(str(tmp_path / f"{name}.safetensors"))
+    assert (encoder.name, encoder.tile, encoder.dim) == (name, 224, 32)
+    rgb = tiles(2, 224)
+    mean, std = (np.array(script.IMAGENET[key]) for key in ("mean", "std"))
+    pixels = torch.from_numpy(((rgb / 255 - mean) / std).astype(np.float32)).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = network(pixels).numpy()
+    assert np.ptp(expected) > 1e-3
+    np.testing.assert_allclose(encoder(rgb), expected, atol=1e-3)
+    with pytest.raises(RefusedError, match="exists"):
+        script.convert(name, tmp_path / "published.pth", tmp_path / f"{name}.safetensors")
+
+
+def test_weights_of_another_encoder_leave_nothing_behind(script: Any, tmp_path: Path) -> None:
+    published(script, "uni", tmp_path / "uni.bin")
+    with pytest.raises(RefusedError, match="do not fit swin_tiny_patch4_window7_224"):
+        script.convert("ctranspath", tmp_path / "uni.bin", tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["uni.bin"]
+
+
+def test_a_pickle_that_would_run_code_is_not_read(script: Any, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    torch.save({"model": Trap()}, tmp_path / "trap.pth")
+    with pytest.raises(UsageError, match="no file of tensors that is safe to read") as found:
+        script.convert("uni", tmp_path / "trap.pth", tmp_path / "out.safetensors")
+    assert "\n" not in str(found.value)
+    assert not (tmp_path / "sprung").exists()
+    (tmp_path / "text.bin").write_text("no tensors")
+    with pytest.raises(UsageError, match="no file of tensors"):
+        script.convert("uni", tmp_path / "text.bin", tmp_path / "out.safetensors")
+
+
+def test_an_unknown_stem_is_refused(tmp_path: Path) -> None:
+    path = write_encoder(tmp_path)
+    describe(path, architecture="mobilenetv3_small_050", dim=1024, stem="woven")
+    with pytest.raises(RefusedError, match="stem 'woven' is not known; expected convolutional"):
+        load_encoder(str(path))

@@ -186,6 +186,21 @@ def test_a_painting_says_so_in_any_format(tmp_path: Path, name: str) -> None:
         assert open_slide(path, assume_mpp=0.5).synthetic is ("synthetic" in text), text
 
 
+@pytest.mark.parametrize(
+    "layout", [{"tile": (128, 128)}, {"tile": (128, 128), "compression": "deflate", "predictor": 2}, {}], ids=str
+)
+def test_a_fourth_band_that_is_no_alpha_is_left_out(tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Aerial images: near infrared is no transparency."""
+    import tifffile
+
+    bands = np.random.default_rng(0).integers(0, 256, (256, 384, 4), dtype=np.uint8)
+    for kind in ("unspecified", "unassalpha"):
+        tifffile.imwrite(tmp_path / f"{kind}.tif", bands, photometric="rgb", extrasamples=[kind], **layout)
+    slide, clear = (open_slide(tmp_path / f"{kind}.tif", assume_mpp=0.5) for kind in ("unspecified", "unassalpha"))
+    np.testing.assert_array_equal(slide.read(slide.grid), bands[..., :3])
+    np.testing.assert_allclose(clear.read(clear.grid), on_white(bands), atol=1)
+
+
 def test_labels_are_never_read(made_slides: dict[str, MadeSlide], monkeypatch: pytest.MonkeyPatch) -> None:
     import openslide
     import tiffslide

@@ -7,6 +7,7 @@ hub, or from a local safetensors file with a description (JSON) of the same layo
     {"name": ..., "architecture": timm's name, "kwargs": {...}, "tile": pixels, "mean": [3], "std": [3],
      "dim": ..., "sha256": of the safetensors file, "licence": ..., "training": {...}}
 
+With `"stem": "convolutional"` a Swin of timm sees its patches through a `ConvolutionalStem` (CTransPath does).
 Two tensors of such a file may describe the embedding itself, `embedding.mean` and `embedding.std`: where they are,
 the encoder standardises what it returns, so that a cosine of 0 means "no more alike than any two tiles".
 Weights are safetensors only: a pickle can run code.
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, final
 
@@ -171,11 +173,16 @@ def _load_file(path: Path, *, name: str | None, device: str) -> Encoder:
     )
     try:
         tensors = load_file(path)
-        network = timm.create_model(described["architecture"], pretrained=False, **described["kwargs"])
+        kwargs = dict(described["kwargs"])
+        if described.get("stem", "plain") != "plain":
+            kwargs["embed_layer"] = _STEMS[described["stem"]]
+        network = timm.create_model(described["architecture"], pretrained=False, **kwargs)
         standard = {
             key: tensors.pop(f"embedding.{key}").float() for key in ("mean", "std") if f"embedding.{key}" in tensors
         }
         network.load_state_dict(tensors)
+    except KeyError:
+        raise RefusedError(f"{path}: stem {described['stem']!r} is not known; expected {', '.join(_STEMS)}") from None
     except (SafetensorError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RefusedError(f"{path}: the weights do not fit {described['architecture']} ({reason})") from None
@@ -184,6 +191,36 @@ def _load_file(path: Path, *, name: str | None, device: str) -> Encoder:
             raise RefusedError(f"{path}: embedding.{key} has shape {tuple(value.shape)}, expected ({about.dim},)")
         network.register_buffer(f"embedding_{key}", value)
     return Encoder(network, about, device=device)
+
+
+class ConvolutionalStem(nn.Module):
+    """Patches of 4 pixels through convolutions (Xiao et al. 2021), as CTransPath has them (Wang et al. 2022): two of
+    stride 2, each with batch normalisation and ReLU, and a linear layer. (n, 3, h, w) -> (n, h / 4, w / 4, embed_dim).
+    """
+
+    def __init__(
+        self, img_size: int | tuple[int, int], patch_size: int, in_chans: int, embed_dim: int,
+        norm_layer: Callable[[int], nn.Module], **_: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if patch_size != 4:
+            raise TypeError(f"a convolutional stem has patches of 4 pixels, not of {patch_size}")
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size, self.patch_size, self.grid_size = (height, width), (4, 4), (height // 4, width // 4)
+        layers: list[nn.Module] = []
+        channels = (in_chans, embed_dim // 8, embed_dim // 4)
+        for inner, outer in pairwise(channels):
+            layers += [nn.Conv2d(inner, outer, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
+        self.proj = nn.Sequential(*layers, nn.Conv2d(channels[-1], embed_dim, 1))
+        self.norm = norm_layer(embed_dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """What it says of each patch."""
+        found: Tensor = self.norm(self.proj(pixels).permute(0, 2, 3, 1))
+        return found
+
+
+_STEMS = {"convolutional": ConvolutionalStem}
 
 
 def _read_description(path: Path) -> dict[str, Any]:

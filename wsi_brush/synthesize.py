@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,7 +240,7 @@ def synthesize_label(
 
 
 def _paint(
-    target: Path, canvas: Grid, find_maps: Callable[[], Mapping[float, EmbeddingMap]], painting: Painting, *,
+    target: Path, canvas: Grid, find_maps: Callable[[], dict[float, EmbeddingMap]], painting: Painting, *,
     brush: Brush, parameters: dict[str, Any], about: dict[str, Any], overwrite: bool, client: Client | None,
     tell: Tell | None,
 ) -> None:  # fmt: skip

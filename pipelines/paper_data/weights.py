@@ -1,0 +1,120 @@
+"""Published weights in the layout of `load_encoder`: `weights.py uni pytorch_model.bin -o uni.safetensors`.
+
+UNI and CTransPath are published as pickles, which wsi-brush does not load: a pickle can run code. This script reads
+tensors alone (PyTorch's `weights_only`) or safetensors, gives them the names that timm has for them today, writes them
+as safetensors with a description (JSON) beside, and loads the encoder once to see that every tensor has its place.
+Nothing is fetched; get the file from where the encoder's authors give it, under their terms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wsi_brush.commit import sha256_of
+from wsi_brush.encoder import load_encoder
+from wsi_brush.errors import RefusedError, UsageError, WsiBrushError
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "uni": {
+        "architecture": "vit_large_patch16_224",
+        "kwargs": {"img_size": 224, "init_values": 1e-5, "num_classes": 0, "dynamic_img_size": True},
+        "tile": 224,
+        "dim": 1024,
+        "licence": "CC BY-NC-ND 4.0",
+        **IMAGENET,
+    },
+    "ctranspath": {
+        "architecture": "swin_tiny_patch4_window7_224",
+        "kwargs": {"num_classes": 0},
+        "stem": "convolutional",
+        "tile": 224,
+        "dim": 768,
+        "licence": "GPL-3.0",
+        **IMAGENET,
+    },
+}
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name.
+
+    Raises:
+        UsageError: if it is none of tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UsageError(f"{path}: no file of tensors that is safe to read ({reason})") from None
+    found = found.get("model", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UsageError(f"{path}: holds more than tensors by name; expected the weights of an encoder")
+    return found
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As timm names them today: a Swin's stages begin with the downsampling that once ended the stage before, tables
+    that follow from the sizes are not kept, nor is the head of a pretext task."""
+    old = "layers.0.downsample.reduction.weight" in tensors
+    found = {}
+    for name, value in tensors.items():
+        if name.startswith("head.") or name.rpartition(".")[2] in ("relative_position_index", "attn_mask"):
+            continue
+        if old:
+            name = re.sub(r"^layers\.(\d+)\.downsample", lambda at: f"layers.{int(at[1]) + 1}.downsample", name)
+        found[name] = value.contiguous()
+    return found
+
+
+def convert(name: str, source: Path, target: Path) -> None:
+    """Write the weights of `source` and their description to `target` (.safetensors) and beside it.
+
+    Raises:
+        UsageError, RefusedError: if they are not that encoder's, or something is there already.
+    """
+    beside = target.with_suffix(".json")
+    if target.suffix != ".safetensors":
+        raise UsageError(f"{target}: expected a name that ends with .safetensors")
+    if target.exists() or beside.exists():
+        raise RefusedError(f"{target}: it or {beside.name} exists; choose another name")
+    tensors = renamed(read(source))
+    try:
+        save_file(tensors, target)
+        about = {"name": name, **ENCODERS[name], "sha256": sha256_of(target)}
+        beside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        load_encoder(str(target))
+    except WsiBrushError:
+        target.unlink()
+        beside.unlink()
+        raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("encoder", choices=sorted(ENCODERS))
+    parser.add_argument("weights", type=Path, help="the published file: .bin, .pth or .safetensors")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    try:
+        convert(arguments.encoder, arguments.weights, arguments.out)
+    except WsiBrushError as error:
+        sys.exit(str(error))
+    print(f'{arguments.out}: use it as encoder = "{arguments.out}"')
+
+
+if __name__ == "__main__":
+    main()
