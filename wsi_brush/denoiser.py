@@ -307,7 +307,8 @@ class Denoiser(nn.Module):
 
         def told(deep: Tensor, rows: Tensor) -> Tensor:
             layout = interpolate(grid, rows / NODE - node[0], columns / NODE - node[1])
-            return deep + (setting.read(rows, columns) + self.gather(layout))
+            given: Tensor = setting.read(rows, columns) + self.gather(layout)
+            return deep + given
 
         deep = by_bands(told, deep.shape[1], deep, rows, into=deep)
         place = by_bands(lambda _, rows: self.place(setting.places(rows, columns)), deep.shape[1], deep, rows)
