@@ -135,22 +135,21 @@ def _richest(tissue: Tissue, side: float) -> tuple[float, float]:
 # -- the verb ------------------------------------------------------------------------------------------
 
 
-def check_asked(brush: Brush, label: str | None) -> None:
-    """Whether a brush can be asked for a label, or for what a reference shows (no label).
+def check_asked(brush: Brush, label: str | None, client: Client | None = None) -> None:
+    """Whether a brush can be asked for a label, or for what a reference shows (no label), and on a cluster.
 
     Raises:
-        UsageError: if its condition is the other, or it knows no such label.
+        UsageError: if its condition is the other, it knows no such label, or it paints in one process.
     """
-    if label is None and brush.labels is not None:
-        raise UsageError(
-            f"this brush follows labels, no reference; give --label, one of {', '.join(brush.labels.names)}"
-        )
-    if label is not None and brush.labels is None:
-        raise UsageError(
-            f"this brush knows no labels, it follows embeddings of {brush.about['encoder']}; give --ref SLIDE"
-        )
-    if label is not None and brush.labels is not None:
-        brush.labels.maps(label, Grid(1.0, 0, 0, 1, 1))
+    if brush.rival is not None and client is not None:
+        raise UsageError(f"--scheduler: {brush.rival.name} paints in one process; leave it out")
+    known, followed = brush.labels, brush.about["encoder"]
+    if label is None and known is not None:
+        raise UsageError(f"this brush follows labels, no reference; give --label, one of {', '.join(known.names)}")
+    if label is not None and known is None:
+        raise UsageError(f"this brush knows no labels, it follows embeddings of {followed}; give --ref SLIDE")
+    if label is not None and known is not None:
+        known.maps(label, Grid(1.0, 0, 0, 1, 1))
 
 
 def synthesize_slide(
@@ -169,7 +168,7 @@ def synthesize_slide(
     start = time.monotonic()
     target = Path(target)
     check_precision(painting.precision, find_device(painting.device))
-    check_asked(brush, None)
+    check_asked(brush, None, client)
     ladder = brush.ladder.starting_at(painting.mpp)
     if brush.about["fingerprint"] != encoder.fingerprint:
         raise UsageError(
@@ -227,7 +226,7 @@ def synthesize_label(
     start = time.monotonic()
     target = Path(target)
     check_precision(painting.precision, find_device(painting.device))
-    check_asked(brush, label)
+    check_asked(brush, label, client)
     assert brush.labels is not None
     known, area = brush.labels, whole(canvas := label_canvas(painting), brush.ladder.starting_at(painting.mpp))
     check_target(target, kind=KIND, overwrite=overwrite)
@@ -246,8 +245,6 @@ def _paint(
 ) -> None:  # fmt: skip
     """From what is asked for to the finished pyramid."""
     if brush.rival is not None:
-        if client is not None:
-            raise UsageError(f"--scheduler: {brush.rival.name} paints in one process; leave it out")
         check_rival(brush.rival, canvas, painting)
     ladder = brush.ladder.starting_at(painting.mpp)
     with working(target, parameters, overwrite=overwrite) as work:
