@@ -270,6 +270,19 @@ def kin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+def make_maps(canvas: Grid, *, dim: int, tile: int, seed: int = 0) -> dict[float, Any]:
+    """Random embeddings of three pitches, a fifth of the cells without tissue."""
+    from wsi_brush.store import EmbeddingMap
+
+    random, maps = np.random.default_rng(seed), {}
+    for mpp in (0.5, 2.0, 8.0):
+        lattice = canvas.at(tile * mpp)
+        values = random.normal(size=(*lattice.shape, dim)).astype(np.float16)
+        values[random.random(lattice.shape) < 0.2] = np.nan
+        maps[mpp] = EmbeddingMap(mpp, lattice, values)
+    return maps
+
+
 def make_brush(
     *,
     dim: int,

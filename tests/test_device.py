@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from conftest import TileStatistics, make_brush
+from conftest import TileStatistics, make_brush, make_maps
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,7 +35,6 @@ from wsi_brush.field import NoiseField, mollify
 from wsi_brush.grid import Grid
 from wsi_brush.paint import Painting, Run, Stage, paint_canvas, stages, wants_before, whole
 from wsi_brush.splat import nodes
-from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import CanvasDenoiser
 from wsi_brush.synthesize import synthesize_slide
 
@@ -59,15 +59,7 @@ def brush() -> Brush:
     return cast(Brush, make_brush(dim=DIM, tile=SIDE))
 
 
-def maps_on(canvas: Grid) -> dict[float, EmbeddingMap]:
-    """Random embeddings, a fifth of the cells without tissue."""
-    random, maps = np.random.default_rng(0), {}
-    for mpp in (0.5, 2.0, 8.0):
-        lattice = canvas.at(SIDE * mpp)
-        values = random.normal(size=(*lattice.shape, DIM)).astype(np.float16)
-        values[random.random(lattice.shape) < 0.2] = np.nan
-        maps[mpp] = EmbeddingMap(mpp, lattice, values)
-    return maps
+maps_on = partial(make_maps, dim=DIM, tile=SIDE)
 
 
 def rival_brush(brush: Brush, name: str) -> Brush:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
-import numpy as np
 import pytest
 import torch
-from conftest import make_brush
+from conftest import make_brush, make_maps
 from torch import Tensor
 
 from wsi_brush import stream
@@ -18,7 +18,6 @@ from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
 from wsi_brush.scratch import CHUNK
 from wsi_brush.splat import nodes, splat
-from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import CanvasDenoiser, tiles_of
 
 DIM, SIDE, SIGMA = 6, 32, 1.3
@@ -34,15 +33,7 @@ def brush() -> Brush:
     return cast(Brush, make_brush(dim=DIM, tile=SIDE))
 
 
-def maps_on(canvas: Grid, *, seed: int = 0) -> dict[float, EmbeddingMap]:
-    """Random embeddings, a fifth of the cells without tissue."""
-    random, maps = np.random.default_rng(seed), {}
-    for mpp in (0.5, 2.0, 8.0):
-        lattice = canvas.at(SIDE * mpp)
-        values = random.normal(size=(*lattice.shape, DIM)).astype(np.float16)
-        values[random.random(lattice.shape) < 0.2] = np.nan
-        maps[mpp] = EmbeddingMap(mpp, lattice, values)
-    return maps
+maps_on = partial(make_maps, dim=DIM, tile=SIDE)
 
 
 def step(brush: Brush, canvas: Grid = CANVAS, *, tile: int = 768, guidance: float = 2.0, seed: int = 0) -> Tensor:

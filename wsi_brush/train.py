@@ -115,7 +115,7 @@ def _network(model: Model | Rival, dim: int) -> Denoiser | System:
 def _losses(network: Denoiser | System, *given: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(network, System):
         return losses(network, *given)
-    with next(network.parameters()).device:  # theirs make their tensors where they are told to
+    with network.device:  # theirs make their tensors where they are told to
         return network.losses(*given)
 
 
@@ -192,8 +192,10 @@ class Training:
         value = sum(window for window, _ in shards) / o.shards
         for parameter, *parts in zip(self.denoiser.parameters(), *(gradient for _, gradient in shards), strict=True):
             there = [part for part in parts if part is not None]  # what no shard used is left alone
-            one = there[0] if there and o.shards == 1 else None
-            parameter.grad = torch.stack(there).sum(0) / o.shards if there and one is None else one
+            if o.shards == 1:
+                (parameter.grad,) = parts
+            else:
+                parameter.grad = torch.stack(there).sum(0) / o.shards if there else None
         norm = torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), o.clip)
         if not torch.isfinite(norm):  # a finite loss can have such a gradient; every weight would be lost, then saved
             raise MachineError(

@@ -116,8 +116,7 @@ def painted(
                 slide.path, target, painting, brush=loaded, encoder=encoder, assume_mpp=source.get("assume_mpp")
             )
             seconds.append(found.seconds)
-    about = {"seconds": seconds, "parameters": sum(p.numel() for p in loaded.network.parameters())}
-    (folder / "done.json").write_text(json.dumps(about))
+    (folder / "done.json").write_text(json.dumps({"seconds": seconds}))
     return folder
 
 
@@ -226,15 +225,14 @@ def main(arguments: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     systems: Sequence[str] = arguments.only or list(tables["systems"])
     brushes = {system: trained(tables, system, slides, work, arguments.device) for system in systems}
-    trainings = {system: load_brush(brush).about["training"] for system, brush in brushes.items()}
+    loaded = {system: load_brush(brush) for system, brush in brushes.items()}
+    trainings = {system: brush.about["training"] for system, brush in loaded.items()}
     lines = [f"{tables['steps']} steps of the solver; wsi-brush {__version__}, {date.today()}. Trained: "
              + ", ".join(f"{system} {one['minutes']:g} minutes, {one['steps']} steps of "
                          f"{one['optimisation']['batch']} scenes" for system, one in trainings.items())
              + f" ({', '.join(sorted({one.get('device', 'device not recorded') for one in trainings.values()}))}).",
              ""]  # fmt: skip
-    parameters = {
-        system: sum(p.numel() for p in load_brush(brush).network.parameters()) for system, brush in brushes.items()
-    }
+    parameters = {system: sum(p.numel() for p in brush.network.parameters()) for system, brush in loaded.items()}
     for one in tables["paintings"]:
         size, each = one["size"], arguments.each or one["each"]
         if arguments.sizes and size not in arguments.sizes:
