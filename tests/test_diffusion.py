@@ -122,13 +122,13 @@ def test_rungs_follow_on_each_other(ladder: Ladder, steps: int) -> None:
         low, high = ladder.span(level)
         assert rung.sigmas[0] == pytest.approx(high)
         assert rung.sigmas[-1] == (0 if level == 0 else pytest.approx(low))
-    spread = sum((len(rung.sigmas) - 1) / (1, 1.5, *[4] * 9)[level] for level, rung in enumerate(reversed(rungs)))
+    spread = sum((len(rung.sigmas) - 1) / (0.7, 1.5, *[4] * 9)[level] for level, rung in enumerate(reversed(rungs)))
     assert abs(spread - steps) <= (len(rungs) + 1) / 2 + sum(len(rung.sigmas) == 2 for rung in rungs)
 
 
 def test_steps_are_even_in_log_snr_and_denser_where_they_are_cheap() -> None:
     strides = [
-        math.log(high / low) * min(2**level, 4)
+        math.log(high / low) * (0.7, 1.5, 4, 4, 4)[level]
         for level, rung in enumerate(reversed(LADDER.rungs(60)))
         for high, low in pairwise(rung.sigmas)
         if low > 0
@@ -458,5 +458,6 @@ def test_what_is_retained_is_a_part_of_the_noise_that_is_seen() -> None:
         kept, less, same = ladder.coefficients(0.3, mpp)
         torch.testing.assert_close(kept * x + less * said, image + part * (x - image))
         assert same == into
+    assert ladder.coefficients(1.01 * ladder.entry(0), 0.5) == plain.coefficients(1.01 * ladder.entry(0), 0.5)
     assert ladder.starting_at(1.0).retained == (0.02,)
     assert ladder.starting_at(1.0).coefficients(0.3, 1.0) == ladder.coefficients(0.3, 1.0)

@@ -25,7 +25,7 @@ from torch import Tensor
 from .errors import UsageError
 
 Objective = Literal["v", "x0"]
-_DENSITY = (1.0, 1.5, 4.0)  # steps a pitch, finest first, over its part of all; the last for all others
+_DENSITY = (0.7, 1.5, 4.0)  # steps a pitch, finest first, over its part of all; the last for all others
 SIGMA_DATA = 0.5  # root mean square of an H&E image in [-1, 1], every pitch
 
 
@@ -102,9 +102,11 @@ class Ladder:
         raise UsageError(f"the brush paints at {known} µm per pixel, not at {mpp:g}")
 
     def coefficients(self, sigma: float, mpp: float) -> tuple[float, float, float]:
-        """`coefficients` at a noise level and a pitch, as numbers, with what is retained there."""
+        """`coefficients` at a noise level and a pitch, as numbers, with what is retained there: nothing at noise that a
+        coarser pitch works at, which only a solver without the ladder sees here."""
         skip, out, into = (value.item() for value in coefficients(torch.tensor(sigma)))
-        left = dict(zip(self.pitches, self.retained, strict=False)).get(mpp, 0.0)
+        level = self.pitches.index(mpp)
+        left = self.retained[level] if level < len(self.retained) and sigma <= self.entry(level) else 0.0
         return left + (1 - left) * skip, (1 - left) * out, into
 
     def entry(self, level: int) -> float:
@@ -136,8 +138,8 @@ class Ladder:
     def rungs(self, steps: int, *, progressive: bool = True) -> list[Rung]:
         """Where the solver evaluates, evenly spaced in log-SNR at each pitch; coarsest pitch first.
 
-        The finest pitch has its part of `steps` over the whole range, the next half as many again, all others four
-        times as many: there an evaluation costs a quarter, a sixteenth, ..., and layout and nuclei are decided there.
+        The finest pitch has 0.7 of its part of `steps` over the whole range, the next 1.5 times that part, all others
+        four times: there an evaluation costs a quarter, a sixteenth, ..., and layout and nuclei are decided there.
         Not progressive: the finest pitch does all of it, in `steps` evaluations from the same start.
         """
         top = len(self.pitches) - 1

@@ -6,7 +6,8 @@
 
 Writes WORK/RESULTS.md: quality by size of the painting (the paper's Tables 2 and 3, and its ablation), and the cost of
 training (Table 4). A reference is a square of a slide that no system has seen. Killed, the same command goes on: what
-is trained, painted or evaluated stays. --minutes, --each and --only make it shorter; the table says so.
+is trained, painted or evaluated stays, in a folder of its own for every recipe. --minutes, --each and --only make it
+shorter; the table says so. A system's `sizes` in the tables' file say what it paints, where that is not all.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import numpy as np
 
 from wsi_brush import __version__
 from wsi_brush.brush import load_brush
+from wsi_brush.commit import fingerprint
 from wsi_brush.coordinates import TrainingPack, build_pack
 from wsi_brush.encoder import load_encoder
 from wsi_brush.errors import SlideError, WsiBrushError
@@ -68,9 +70,16 @@ def pack(tables: dict[str, Any], slides: Path, work: Path) -> Path:
     return target
 
 
+def folder_of(tables: dict[str, Any], system: str, work: Path) -> Path:
+    """Where a system is trained and paints: another folder for another recipe or other references."""
+    given = {"recipe": recipe(tables, system).model_dump(mode="json"), "held out": tables["held_out"]}
+    return work / system / fingerprint(given)[:8]
+
+
 def trained(tables: dict[str, Any], system: str, slides: Path, work: Path, device: str) -> Path:
     """The folder of a system's brush."""
-    target, own = work / system / "brush", work / system / "training"
+    folder = folder_of(tables, system, work)
+    target, own = folder / "brush", folder / "training"
     if not target.exists():
         own.mkdir(parents=True, exist_ok=True)
         if not (own / "pack").exists():
@@ -94,30 +103,34 @@ def squares(slide: Slide, size: int, count: int) -> list[tuple[int, int, int, in
 
 
 def painted(
-    tables: dict[str, Any], system: str, brush: Path, slides: Path, work: Path, size: int, each: int, device: str
-) -> Path:
-    """A folder with the paintings of a size, and `done.json` with what they took."""
-    folder = work / system / str(size)
-    if (folder / "done.json").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    loaded, encoder, seconds = load_brush(brush), load_encoder(tables["encoder"]), []
+    tables: dict[str, Any], system: str, slides: Path, work: Path, size: int, each: int, device: str
+) -> tuple[Path, float]:
+    """A folder with a system's paintings of a size, `each` of every held-out slide, and the mean seconds of one."""
+    folder = folder_of(tables, system, work) / f"{size}-{each}-{tables['steps']}"
+    folder.mkdir(exist_ok=True)
+    brush, encoder, log = (
+        load_brush(folder.with_name("brush")),
+        load_encoder(tables["encoder"]),
+        folder / "seconds.json",
+    )
+    seconds: dict[str, float] = json.loads(log.read_text()) if log.exists() else {}
     for source in tables["held_out"]:
         slide = open_slide(slides / source["path"], assume_mpp=source.get("assume_mpp"))
         for number, region in enumerate(squares(slide, size, each)):
             target = folder / f"{slide.path.stem}-{number}.ome.zarr"
-            if target.exists():
+            if target.name in seconds:
                 continue
             painting = Painting(
                 region=region, mpp=MPP, seed=tables["seed"] + number, steps=tables["steps"], memory=16 * 10**9,
                 device=device,
             )  # fmt: skip
             found = synthesize_slide(
-                slide.path, target, painting, brush=loaded, encoder=encoder, assume_mpp=source.get("assume_mpp")
-            )
-            seconds.append(found.seconds)
-    (folder / "done.json").write_text(json.dumps({"seconds": seconds}))
-    return folder
+                slide.path, target, painting, brush=brush, encoder=encoder, assume_mpp=source.get("assume_mpp"),
+                overwrite=target.exists(),
+            )  # fmt: skip
+            seconds[target.name] = found.seconds
+            log.write_text(json.dumps(seconds))
+    return folder, float(np.mean(list(seconds.values())))
 
 
 def judged(tables: dict[str, Any], slides: Path, folder: Path) -> dict[str, Any]:
@@ -224,8 +237,7 @@ def main(arguments: argparse.Namespace) -> None:
     work, slides = arguments.work, arguments.slides
     work.mkdir(parents=True, exist_ok=True)
     systems: Sequence[str] = arguments.only or list(tables["systems"])
-    brushes = {system: trained(tables, system, slides, work, arguments.device) for system in systems}
-    loaded = {system: load_brush(brush) for system, brush in brushes.items()}
+    loaded = {system: load_brush(trained(tables, system, slides, work, arguments.device)) for system in systems}
     trainings = {system: brush.about["training"] for system, brush in loaded.items()}
     lines = [f"{tables['steps']} steps of the solver; wsi-brush {__version__}, {date.today()}. Trained: "
              + ", ".join(f"{system} {one['minutes']:g} minutes, {one['steps']} steps of "
@@ -238,10 +250,10 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.sizes and size not in arguments.sizes:
             continue
         found, seconds = {}, {}
-        for system, brush in brushes.items():
-            folder = painted(tables, system, brush, slides, work, size, each, arguments.device)
-            about = json.loads((folder / "done.json").read_text())
-            seconds[system] = float(np.mean(about["seconds"])) if about["seconds"] else float("nan")
+        for system in systems:
+            if size not in tables["systems"][system].get("sizes", [size]):
+                continue
+            folder, seconds[system] = painted(tables, system, slides, work, size, each, arguments.device)
             found[system] = judged(tables, slides, folder)
         lines += [f"## {size}²: {len(tables['held_out']) * each} paintings after held-out slides", "",
                   *quality(found, tables["encoder"]), "",

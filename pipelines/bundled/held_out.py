@@ -1,0 +1,61 @@
+"""A brush on what it was not trained on: the right quarter of every slide of its recipe, painted and judged.
+
+    python pipelines/bundled/held_out.py pipelines/bundled/brush.toml --slides DATA/slides --work WORK [--brush FOLDER]
+
+Writes WORK/NAME.ome.zarr for every quarter that is at least 1024 pixels wide at 0.5 µm, and WORK/report (report.html):
+every figure of `wsi-brush evaluate`, of those regions alone. Killed, the same command goes on.
+"""
+
+import argparse
+from pathlib import Path
+
+from wsi_brush.brush import load_brush
+from wsi_brush.encoder import load_encoder
+from wsi_brush.evaluate import evaluate_slides
+from wsi_brush.machine import keep_memory
+from wsi_brush.paint import Painting
+from wsi_brush.recipe import read_config
+from wsi_brush.report import write_report
+from wsi_brush.sides import open_sides
+from wsi_brush.slide import open_slide
+from wsi_brush.synthesize import synthesize_slide
+
+MPP, LEAST = 0.5, 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--slides", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--brush", default="bundled")
+    arguments = parser.parse_args()
+    keep_memory()
+    brush, data = load_brush(arguments.brush), read_config(arguments.recipe).data
+    encoder = load_encoder(brush.about["encoder"])
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    real, painted = [], []
+    for source in data.sources(arguments.slides):
+        slide = open_slide(arguments.slides / source.path, assume_mpp=source.assume_mpp)
+        first = -int(-slide.grid.width * data.until // 1)  # the first column that was not trained on
+        region = (0, first, slide.grid.height, slide.grid.width - first)
+        if min(region[2:]) * slide.mpp < LEAST * MPP:
+            print(f"{slide.path.name}: too small")
+            continue
+        target = arguments.work / f"{slide.path.stem}.ome.zarr"
+        if not target.exists():
+            done = synthesize_slide(
+                slide.path, target, Painting(region=region, mpp=MPP), brush=brush, encoder=encoder,
+                assume_mpp=source.assume_mpp,
+            )  # fmt: skip
+            print(f"{target.name}: {done.shape[0]} x {done.shape[1]} in {done.seconds:.0f} s", flush=True)
+        real.append(slide)
+        painted.append(target)
+    sides = open_sides(real, painted)
+    figures = evaluate_slides(sides, encoders=[encoder])
+    write_report(arguments.work / "report", sides, figures, overwrite=True)
+    print(arguments.work / "report" / "report.html")
+
+
+if __name__ == "__main__":
+    main()
