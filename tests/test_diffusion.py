@@ -122,13 +122,13 @@ def test_rungs_follow_on_each_other(ladder: Ladder, steps: int) -> None:
         low, high = ladder.span(level)
         assert rung.sigmas[0] == pytest.approx(high)
         assert rung.sigmas[-1] == (0 if level == 0 else pytest.approx(low))
-    spread = sum((len(rung.sigmas) - 1) / (0.7, 1.5, *[4] * 9)[level] for level, rung in enumerate(reversed(rungs)))
+    spread = sum((len(rung.sigmas) - 1) / (0.7, 2, *[4] * 9)[level] for level, rung in enumerate(reversed(rungs)))
     assert abs(spread - steps) <= (len(rungs) + 1) / 2 + sum(len(rung.sigmas) == 2 for rung in rungs)
 
 
 def test_steps_are_even_in_log_snr_and_denser_where_they_are_cheap() -> None:
     strides = [
-        math.log(high / low) * (0.7, 1.5, 4, 4, 4)[level]
+        math.log(high / low) * (0.7, 2, 4, 4, 4)[level]
         for level, rung in enumerate(reversed(LADDER.rungs(60)))
         for high, low in pairwise(rung.sigmas)
         if low > 0
@@ -425,7 +425,8 @@ def carried(ladder: Ladder, powers: list[Tensor], steps: int, *, slopes: bool = 
 def test_progressive_resolution_keeps_the_variance_of_every_octave_within_two_percent(
     tolerance: float | tuple[float, float], steps: int
 ) -> None:
-    """Of what the solver at full resolution makes of a field like an image: exact variances, no sample of them.
+    """Of what the solver at full resolution makes of a field like an image by steps that are as wide as those at the
+    finest pitch: exact variances, no sample of them.
 
     Where a pitch takes over too late it does not, nor at a tolerance of 0.03 without the slopes of the coarser image.
     """
@@ -435,10 +436,10 @@ def test_progressive_resolution_keeps_the_variance_of_every_octave_within_two_pe
     # Variance of an image is the mean of its spectrum; what the block means lack is the detail.
     details = tuple(math.sqrt((fine.mean() - coarse.mean()).item()) for fine, coarse in pairwise(powers))
     ladder = Ladder((0.5, 1.0, 2.0), details, tolerance=tolerance, sigma_max=20.0)
-    (alone,) = ladder.rungs(steps, progressive=False)
+    (alone,) = ladder.rungs(round(0.7 * steps), progressive=False)
     start = alone.sigmas[0] * torch.eye(SIZE**2, dtype=torch.float64).unflatten(1, (SIZE, -1))
     full = octaves(solve(denoiser_of(powers[0]), start, moves(alone.sigmas)))
-    assert (full / by_octave(powers[0]) - 1).abs().max().item() < 0.025
+    assert (full / by_octave(powers[0]) - 1).abs().max().item() < 0.045
     found = carried(ladder, powers, steps)
     assert (found / full - 1).abs().max().item() < 0.02, (found, full)
     flat = carried(replace(ladder, tolerance=0.03), powers, steps, slopes=False)

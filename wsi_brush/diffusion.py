@@ -25,7 +25,7 @@ from torch import Tensor
 from .errors import UsageError
 
 Objective = Literal["v", "x0"]
-_DENSITY = (0.7, 1.5, 4.0)  # steps a pitch, finest first, over its part of all; the last for all others
+_DENSITY = (0.7, 2.0, 4.0)  # steps a pitch, finest first, over its part of all; the last for all others
 SIGMA_DATA = 0.5  # root mean square of an H&E image in [-1, 1], every pitch
 
 
@@ -138,8 +138,8 @@ class Ladder:
     def rungs(self, steps: int, *, progressive: bool = True) -> list[Rung]:
         """Where the solver evaluates, evenly spaced in log-SNR at each pitch; coarsest pitch first.
 
-        The finest pitch has 0.7 of its part of `steps` over the whole range, the next 1.5 times that part, all others
-        four times: there an evaluation costs a quarter, a sixteenth, ..., and layout and nuclei are decided there.
+        The finest pitch has 0.7 of its part of `steps` over the whole range, the next twice its part, all others four
+        times: there an evaluation costs a quarter, a sixteenth, ..., and layout and nuclei are decided there.
         Not progressive: the finest pitch does all of it, in `steps` evaluations from the same start.
         """
         top = len(self.pitches) - 1

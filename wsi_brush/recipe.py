@@ -192,7 +192,7 @@ class Optimisation(_Strict):
     scattered: float = 0.1  # weight of the scattered points' loss beside the windows'
     unconditional: float = 0.1
     full_range: float = 0.1  # part of the scenes whose noise is drawn from the whole range, whatever their pitch
-    tolerance: float | tuple[float, ...] = (0.025, 0.005, 0.005, 0.005)  # of `diffusion.Ladder`, as the next
+    tolerance: float | tuple[float, ...] = (0.0054, 0.002, 0.005, 0.005)  # of `diffusion.Ladder`, as the next
     sigma_min: float = Field(default=0.02, gt=0)
     retained: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
     margin: float = 1.5  # noise levels are drawn this factor beyond those that the solver visits
