@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -165,6 +166,16 @@ def test_a_chunk_on_disk_is_read_once_for_all_that_is_seen_in_it() -> None:
     (top, left), points = scenes.windows[0].tolist(), scenes.points[0]
     assert torch.equal(window[0], whole[top : top + 64, left : left + 64])
     assert torch.equal(around[0, :, 3, 3], whole[points[:, 0], points[:, 1]])
+
+
+def test_a_draw_does_nothing_that_grows_with_the_scene() -> None:
+    """Of 8192 x 8192 pixels on disk, with what is seen of them; a permutation of them would take half a gigabyte."""
+    sampler = sampler_of(Images([Drawn((8192, 8192), chunk=(64, 64))]), 8192, tile=4096, points=64, reach=2)
+    tracemalloc.start()
+    sampler.draw(0, 1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1e6
 
 
 def network_of(name: str) -> Denoiser | System:
