@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from wsi_brush import train
 from wsi_brush.baselines import SYSTEMS, System, build, system_class
 from wsi_brush.baselines.infty_brush import CrossOperator, thumbnail
 from wsi_brush.baselines.infty_diff import InftyDiffConfig
-from wsi_brush.baselines.mollified import Cosine, Mollified, _response, wiener
+from wsi_brush.baselines.mollified import Cosine, Mollified, _places, _response, wiener
 from wsi_brush.baselines.points import Domain, Neighbours, PointKernel
 from wsi_brush.brush import Brush, load_brush, save_brush
 from wsi_brush.cli.plans import plan_painting
@@ -30,7 +31,7 @@ from wsi_brush.coordinates import CoordinateSampler, TrainingPack, build_pack
 from wsi_brush.diffusion import Ladder
 from wsi_brush.encoder import Encoder
 from wsi_brush.errors import RefusedError, UsageError, WsiBrushError
-from wsi_brush.field import mollify
+from wsi_brush.field import NoiseField, mollify
 from wsi_brush.grid import Grid
 from wsi_brush.operators import TokenSet, attend
 from wsi_brush.paint import Painting
@@ -383,6 +384,49 @@ def test_the_weighting_is_that_of_the_scenes_own_time(pack: TrainingPack) -> Non
         )
         drawn = torch.randint(len(schedule.times), (1,), generator=torch.Generator().manual_seed(seed))
         assert weighted / plain == pytest.approx(schedule.theorem1(schedule.times[drawn]).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("points", [40, 3072], ids=["some", "all"])
+def test_what_is_read_at_points_is_what_whole_scenes_say(pack: TrainingPack, points: int) -> None:
+    """The loss once more from all pixels of the scenes and of their noise, mollified whole."""
+    sampler = CoordinateSampler(pack, shares=(1, 0, 0, 0, 0), sizes=(64,) * 5, window=32, points=points)
+    scenes, system, generator = sampler.draw(0, 2), shaken("infty-diff"), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        found = system.losses(LADDER, scenes, pack.about, Optimisation(), torch.Generator().manual_seed(5))[0]
+        schedule = Cosine.within(LADDER)
+        sigma = schedule.sigmas[schedule.times[torch.randint(len(schedule.times), (2,), generator=generator)]].float()
+        seeds = torch.randint(1 << 62, (2,), generator=generator).tolist()
+        known = (torch.rand(2, generator=generator) >= Optimisation().unconditional).float()
+        origin = torch.rand(2, 2, generator=generator).double() * 8192
+        places = _places(2, 1024 + points, 64, int(torch.randint(1 << 62, (), generator=generator)))
+        noise = mollify(torch.stack([NoiseField(seed).read(Grid(1.0, 0, 0, 64, 64)) for seed in seeds]), 1.0)
+        noisy = mollify(scenes.whole(), 1.0) + sigma[:, None, None, None] * noise
+        noisy, noise = (u.permute(0, 2, 3, 1)[torch.arange(2)[:, None], *places.unbind(-1)] for u in (noisy, noise))
+        domain = Domain.scattered(places, (64, 64), 0.5, origin, side=SMALL["kernel"])
+        said = system.noise(system._scaled(noisy[:, :, None], sigma), domain, sigma, [], known)
+    torch.testing.assert_close(found, ((said[:, :, 0] - noise) ** 2).mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "count"), [(8, 5), (8, 64), (120, 3000), (4096, 50)])
+def test_places_are_distinct_and_uniform_and_in_raster_order(size: int, count: int) -> None:
+    places = _places(400 if count < 100 else 20, count, size, 3)
+    assert places.shape[1:] == (count, 2)
+    flat = places[..., 0] * size + places[..., 1]
+    assert (flat.diff(dim=1) > 0).all()
+    assert 0 <= flat.min() <= flat.max() < size * size
+    for axis in (0, 1):  # in eight equal parts of the square, as many as they should be
+        share = torch.bincount(places[..., axis].flatten() * 8 // size, minlength=8) / flat.numel()
+        assert (share - 1 / 8).abs().max() < 4.5 / math.sqrt(8 * flat.numel())
+    assert torch.equal(_places(3, count, size, 3), places[:3])
+    assert torch.equal(_places(3, count, size, 4), places[:3]) == (count == size * size)
+
+
+def test_a_few_places_among_many_need_no_permutation() -> None:
+    tracemalloc.start()
+    _places(2, 1000, 1 << 15, 0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1e6 < 8 * (1 << 30)
 
 
 def test_noise_levels_are_even_in_time_and_inside_the_ladder() -> None:

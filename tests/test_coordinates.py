@@ -19,13 +19,13 @@ from wsi_brush.coordinates import (
     TRAIN_UNTIL,
     CoordinateSampler,
     Packed,
-    Scenes,
     TrainingPack,
     build_pack,
 )
 from wsi_brush.embed import PITCHES
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.grid import Grid
+from wsi_brush.scenes import Images, Scenes
 from wsi_brush.slide import open_slide
 from wsi_brush.splat import interpolate
 from wsi_brush.tissue import find_tissue
@@ -62,7 +62,7 @@ def blocks(image: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def test_pitches_are_block_means_of_each_other(built: Path, tissue_slide: Path) -> None:
-    images = TrainingPack(built).slides[0].images
+    images = {pitch: found.parts[0] for pitch, found in TrainingPack(built).images.items()}
     assert tuple(images) == LADDER
     np.testing.assert_array_equal(images[0.5][...], open_slide(tissue_slide).read(Grid(0.5, 0, 0, SIDE, SIDE)))
     for fine, coarse in pairwise(LADDER):
@@ -73,7 +73,7 @@ def test_pitches_are_block_means_of_each_other(built: Path, tissue_slide: Path) 
 def test_details_are_what_block_means_lose_where_it_is_trained(built: Path) -> None:
     pack = TrainingPack(built)
     for level, found in enumerate(pack.about["details"]):
-        image = pack.slides[0].images[LADDER[level]][...]
+        image = pack.images[LADDER[level]].parts[0][...]
         edge = int(TRAIN_UNTIL * image.shape[1]) // 2 * 2
         parts = blocks(image[:, :edge] / 127.5 - 1)
         assert found == pytest.approx((parts - parts.mean(2, keepdims=True)).std(), rel=1e-4, abs=1e-5)
@@ -93,10 +93,10 @@ def test_moments_are_those_of_the_embeddings(built: Path) -> None:
 
 
 def test_embeddings_are_those_of_the_tiles(built: Path) -> None:
-    slide = TrainingPack(built).slides[0]
+    pack = TrainingPack(built)
     for pitch in PITCHES:
-        values = slide.embeddings[pitch]
-        image = slide.images[pitch][...]
+        values = pack.slides[0].embeddings[pitch]
+        image = pack.images[pitch].parts[0][...]
         row, column = np.argwhere(np.isfinite(values[..., 0]))[0]
         tile = image[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
         expected = Colours()(np.asarray(tile, np.uint8)[None])[0]
@@ -118,7 +118,8 @@ def test_a_pack_reads_the_same_from_memory_and_from_disk(built: Path) -> None:
     here, there = TrainingPack(built, in_memory=True), TrainingPack(built)
     options: dict[str, Any] = {"shares": (1, 1, 1, 1, 0), "sizes": (128, 128, 128, 64, 32), "window": 32, "points": 20}
     one, two = (CoordinateSampler(pack, **options).draw(3, 2) for pack in (here, there))
-    assert isinstance(here.slides[0].images[0.5], np.ndarray)
+    assert here.images[0.5].table is not None
+    assert there.images[0.5].table is None
     assert_equal(one, two)
 
 
@@ -137,26 +138,26 @@ class Made:
     """As much of a pack as is drawn from."""
 
     about: dict[str, Any]
+    images: dict[float, Images]
     slides: list[Packed]
 
 
 def made_pack(tissue: NDArray[np.uint8] | None = None, *, slides: int = 2) -> TrainingPack:
     """Slides that say where they lie: pixels are (row, column, slide), embeddings are µm (down, across)."""
-    found = []
-    for number in range(slides):
-        images = {}
-        for pitch in LADDER:
-            side = round(SIDE * 0.5 / pitch)
-            row, column = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
-            images[pitch] = np.stack([row, column, np.full_like(row, number)], -1).astype(np.float32)
+    images, found = {}, []
+    for pitch in LADDER:
+        side = round(SIDE * 0.5 / pitch)
+        table = torch.cartesian_prod(torch.arange(slides), torch.arange(side), torch.arange(side)).float()[:, [1, 2, 0]]
+        images[pitch] = Images(list(table.view(slides, side, side, 3)), table)
+    for _ in range(slides):
         embeddings = {}
         for pitch in PITCHES:
             cell = TILE * pitch
             at = (np.arange(-(-SIDE * 0.5 // cell)) + 0.5) * cell
             embeddings[pitch] = np.stack(np.meshgrid(at, at, indexing="ij"), -1).astype(np.float32)
         mask = np.ones((64, 64), np.uint8) if tissue is None else tissue
-        found.append(Packed(images, cast("dict[float, NDArray[np.float16]]", embeddings), mask))
-    return cast(TrainingPack, Made({"pitches": list(LADDER), "tile": TILE, "until": TRAIN_UNTIL}, found))
+        found.append(Packed(cast("dict[float, NDArray[np.float16]]", embeddings), mask))
+    return cast(TrainingPack, Made({"pitches": list(LADDER), "tile": TILE, "until": TRAIN_UNTIL}, images, found))
 
 
 SIZES = (128, 128, 128, 64, 32)
@@ -169,8 +170,9 @@ def sampler_of(pack: TrainingPack | None = None, **changed: Any) -> CoordinateSa
 
 def assert_equal(one: Scenes, two: Scenes) -> None:
     assert (one.mpp, one.window, one.weight) == (two.mpp, two.window, two.weight)
-    for name in ("images", "windows", "points"):
+    for name in ("lines", "windows", "points"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    np.testing.assert_array_equal(one.whole(), two.whole())
     assert one.maps.keys() == two.maps.keys()
     for pitch in one.maps:
         for first, second in zip(one.maps[pitch], two.maps[pitch], strict=True):
@@ -179,7 +181,7 @@ def assert_equal(one: Scenes, two: Scenes) -> None:
 
 def places(scenes: Scenes) -> NDArray[np.int64]:
     """(row, column, slide) of every pixel of every scene, read out of its colours: (n, 3, size, size)."""
-    return np.asarray(np.rint((scenes.images.numpy() + 1) * 127.5), np.int64)
+    return np.asarray(np.rint((scenes.whole().numpy() + 1) * 127.5), np.int64)
 
 
 def map_of(scenes: Scenes, pitch: float) -> ConditionMap:
@@ -191,8 +193,8 @@ def test_a_draw_is_a_function_of_seed_and_step() -> None:
     ahead = [one.draw(step, 2) for step in range(6)]
     for step in (5, 0, 3):
         assert_equal(two.draw(step, 2), ahead[step])
-    assert len({scenes.images.numpy().tobytes() for scenes in ahead}) == 6
-    assert not torch.equal(one.draw(0, 2, mpp=1.0).images, sampler_of(seed=6).draw(0, 2, mpp=1.0).images)
+    assert len({scenes.whole().numpy().tobytes() for scenes in ahead}) == 6
+    assert not torch.equal(one.draw(0, 2, mpp=1.0).whole(), sampler_of(seed=6).draw(0, 2, mpp=1.0).whole())
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -259,7 +261,7 @@ def test_maps_reach_as_far_as_a_scene_is_read() -> None:
     sampler = sampler_of()
     for step in range(60):
         scenes = sampler.draw(step, 1)
-        ends = torch.tensor([0.0, float(scenes.images.shape[-1])])
+        ends = torch.tensor([0.0, float(scenes.size)])
         for pitch in PITCHES:
             lattice = map_of(scenes, pitch)
             for along, position in enumerate(lattice.in_cells(ends[None], ends[None])):

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import tissue, write_lossless
 from numpy.typing import NDArray
 from PIL import Image
 
 from wsi_brush import copying
 from wsi_brush.brush import Brush
-from wsi_brush.coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack, turned
+from wsi_brush.coordinates import CoordinateSampler, TrainingPack, build_pack, turned
 from wsi_brush.copying import limit
 from wsi_brush.errors import SlideError, UsageError
 from wsi_brush.grid import Grid
@@ -25,6 +24,7 @@ from wsi_brush.nearest import PITCH, SIDE
 from wsi_brush.paint import Painting
 from wsi_brush.recipe import TrainConfig
 from wsi_brush.samples import Codec
+from wsi_brush.scenes import Scenes
 from wsi_brush.sides import Sides, open_sides
 from wsi_brush.slide import open_slide
 from wsi_brush.synthesize import synthesize_slide
@@ -105,12 +105,12 @@ class Same:
 
     def __init__(self, sampler: CoordinateSampler, pack: TrainingPack) -> None:
         drawn, picks = sampler.draw(0, 2048, mpp=PITCH), []
-        for slide in pack.slides:
-            tile = torch.from_numpy(slide.images[PITCH][:SIDE, :SIDE]).permute(2, 0, 1)
-            picks.append(int(((drawn.images + 1) * 127.5).round().eq(tile).flatten(1).all(1).nonzero()[0]))
+        for image in pack.images[PITCH].parts:
+            tile = image[:SIDE, :SIDE].permute(2, 0, 1)
+            picks.append(int(((drawn.whole() + 1) * 127.5).round().eq(tile).flatten(1).all(1).nonzero()[0]))
         maps = {pitch: (*(one[picks] for one in parts), cell) for pitch, (*parts, cell) in drawn.maps.items()}
         self._scenes = replace(
-            drawn, images=drawn.images[picks], maps=maps, windows=drawn.windows[picks], points=drawn.points[picks]
+            drawn, lines=drawn.lines[picks], maps=maps, windows=drawn.windows[picks], points=drawn.points[picks]
         )
 
     def draw(self, step: int, batch: int) -> Scenes:

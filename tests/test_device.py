@@ -33,7 +33,9 @@ from wsi_brush.errors import MachineError, RefusedError, UsageError
 from wsi_brush.estimate import painting_seconds
 from wsi_brush.field import NoiseField, mollify
 from wsi_brush.grid import Grid
+from wsi_brush.objective import mollified_at
 from wsi_brush.paint import Painting, Run, Stage, paint_canvas, stages, wants_before, whole
+from wsi_brush.scenes import Images, Scenes, square
 from wsi_brush.splat import nodes
 from wsi_brush.stream import CanvasDenoiser
 from wsi_brush.synthesize import synthesize_slide
@@ -126,6 +128,19 @@ def test_the_fake_gpu_refuses_what_the_cpu_made(fake: torch.device) -> None:
 def test_noise_is_read_there(fake: torch.device) -> None:
     assert NoiseField(3).read(CANVAS, stream=2, device=fake).device == fake
     assert NoiseField(3).read_mollified(CANVAS, width=1.0, device=fake).shape == (3, *CANVAS.shape)
+
+
+def test_scenes_and_their_noise_are_read_there(fake: torch.device) -> None:
+    """Where both are, and the addresses: nothing is sent to the device that waits."""
+    table, lines = torch.zeros(64 * 64, 3, dtype=torch.uint8, device=fake), torch.zeros(2, 3, device=fake).long()
+    windows, points = torch.zeros(2, 2, device=fake).long(), torch.zeros(2, 5, 2, device=fake).long()
+    scenes = Scenes(0.5, 64, Images([table.view(64, 64, 3)], table), lines, {}, windows, 32, points, 1.0)
+    window, around = scenes.seen(2)
+    noise = NoiseField(torch.randint(1 << 62, (2,), device=fake)).read_at(*square(points - 2, 5))
+    smooth = mollified_at(around + noise, points, 64, 0.5)
+    for found in (window, around, noise, smooth, scenes.whole()):
+        assert found.device == fake
+    assert (window.shape, noise.shape, smooth.shape) == ((2, 32, 32, 3), (2, 5, 5, 5, 3), (2, 5, 3))
 
 
 def test_the_operator_stays_there(brush: Brush, fake: torch.device) -> None:

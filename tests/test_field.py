@@ -35,6 +35,28 @@ def test_any_window_draws_the_same_bits(
 
 
 @settings(deadline=None, max_examples=25)
+@given(st.integers(-(1 << 63), (1 << 63) - 1), st.integers(0, 9), far, far, st.integers(0, 1 << 30))
+def test_places_have_the_noise_of_every_window_over_them(
+    seed: int, stream: int, top: int, left: int, draw: int
+) -> None:
+    """Scattered places, and squares of them; of many seeds at once, each its own."""
+    window, field = Grid(0.5, top, left, 20, 30), NoiseField(seed)
+    whole = field.read(window, stream=stream)
+    generator = torch.Generator().manual_seed(draw)
+    rows, columns = (torch.randint(side, (40,), generator=generator) for side in window.shape)
+    assert torch.equal(field.read_at(top + rows, left + columns, stream=stream), whole[:, rows, columns].T)
+    seeds = torch.tensor([5, seed, -3])
+    several = NoiseField(seeds).read_at(
+        (top + rows).view(1, 4, 10, 1).expand(3, -1, -1, -1), (left + columns[:7]).view(1, 1, 1, 7), stream=stream
+    )
+    assert several.shape == (3, 4, 10, 7, 3)
+    for found, one in zip(several, seeds.tolist(), strict=True):
+        whole = NoiseField(one).read(window, stream=stream)
+        expected = whole[:, rows.view(4, 10, 1), columns[:7]].permute(1, 2, 3, 0)
+        assert torch.equal(found, expected)
+
+
+@settings(deadline=None, max_examples=25)
 @given(far, far, near, near, lengths, lengths, st.sampled_from([0.3, 0.5, 1.0, 1.7]))
 def test_any_window_draws_the_same_mollified_bits(
     top: int, left: int, down: int, right: int, height: int, width: int, sigma: float

@@ -147,12 +147,12 @@ def test_scenes_are_turned_only_as_the_recipe_says(brush: Path, work: Path) -> N
     """Of whole pictures: the picture itself or its mirror image, never upside down."""
     pack = TrainingPack(work / "pack", in_memory=True)
     options: dict[str, Any] = {"shares": (0, 0, 0, 1, 0), "sizes": (64, 64, 64, 64, 32), "window": 32, "points": 4}
-    wholes = [np.asarray(slide.images[4.0]) for slide in pack.slides]
+    wholes = [np.asarray(image) for image in pack.images[4.0].parts]
 
     def kinds(symmetries: Any) -> set[str]:
         found = set()
         scenes = CoordinateSampler(pack, **options, symmetries=symmetries).draw(0, 48)
-        for image in ((scenes.images.permute(0, 2, 3, 1) + 1) * 127.5).round().numpy().astype(np.uint8):
+        for image in ((scenes.whole().permute(0, 2, 3, 1) + 1) * 127.5).round().numpy().astype(np.uint8):
             for whole in wholes:
                 shown = {"as it is": whole, "mirrored": whole[:, ::-1], "upside down": whole[::-1]}
                 found |= {kind for kind, picture in shown.items() if (image == picture).all()}

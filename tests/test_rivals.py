@@ -24,13 +24,14 @@ from wsi_brush.baselines.fixed import Fixed, FixedConfig, enlarged
 from wsi_brush.baselines.patches import Patches, PatchesConfig, embedding_at, own, slerp
 from wsi_brush.baselines.sdxl import Sdxl, SdxlConfig
 from wsi_brush.condition import ConditionMap
-from wsi_brush.coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
-from wsi_brush.diffusion import Ladder, moves, solve
+from wsi_brush.coordinates import CoordinateSampler, TrainingPack, build_pack
+from wsi_brush.diffusion import Ladder, coefficients, moves, solve
 from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushError
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
 from wsi_brush.machine import free_memory
 from wsi_brush.recipe import Optimisation, read_config
+from wsi_brush.scenes import Scenes
 from wsi_brush.slide import open_slide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,6 +133,23 @@ def test_a_scene_smaller_than_a_patch_is_refused(pack: TrainingPack) -> None:
     for wrong in ({"side": 30}, {"apart": 0}, {"width": 12}, {"apart": 5}):
         with pytest.raises(ValueError, match="expected"):
             PatchesConfig(dim=DIM, **wrong)
+
+
+def test_patches_are_cut_from_their_scenes(pack: TrainingPack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At noise that cannot be seen, what the network is given are parts of the scenes, all of them different."""
+    system, scenes, heard = Patches(SMALL), scenes_of(pack), list[Tensor]()
+    monkeypatch.setattr(system, "forward", lambda x, *told: heard.append(x) or torch.zeros_like(x))
+    quiet = Ladder(LADDER.pitches, LADDER.details, sigma_min=1e-5, sigma_max=1.1e-5)
+    system.losses(quiet, scenes, pack.about, Optimisation(), torch.Generator().manual_seed(0))
+    (patches,) = heard
+    corners = set()
+    for number, patch in enumerate(patches / coefficients(torch.tensor(1e-5))[2]):
+        every = scenes.whole()[number // 4].unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4)
+        off = (every - patch).abs().amax((2, 3, 4))
+        assert off.min() < 1e-3
+        corners.add((number // 4, int(off.argmin())))
+    assert len(patches) == 8
+    assert len(corners) > 4
 
 
 def test_slerp_keeps_length_and_turns_evenly() -> None:

@@ -18,13 +18,15 @@ from wsi_brush import train
 from wsi_brush.brush import load_brush, save_brush
 from wsi_brush.commit import sha256_of, verify
 from wsi_brush.condition import ConditionMap
-from wsi_brush.coordinates import CoordinateSampler, Scenes, TrainingPack, build_pack
+from wsi_brush.coordinates import CoordinateSampler, TrainingPack, build_pack
 from wsi_brush.denoiser import Denoiser, DenoiserConfig
-from wsi_brush.diffusion import Ladder
+from wsi_brush.diffusion import Ladder, coefficients, loss
 from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushError
-from wsi_brush.field import mollify
+from wsi_brush.field import NoiseField, mollifier_radius, mollify
+from wsi_brush.grid import Grid
 from wsi_brush.objective import _gathered, _scatter, conditions, draw_sigma, losses, mollified_at
 from wsi_brush.recipe import Optimisation, SlideSource, TrainConfig, read_config
+from wsi_brush.scenes import Scenes, square
 from wsi_brush.slide import open_slide
 from wsi_brush.splat import nodes, splat
 from wsi_brush.train import Training, train_brush
@@ -410,12 +412,70 @@ def test_what_is_no_text_is_said_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [0.0, 0.5, 1.3])
 def test_mollifying_at_points_is_mollifying(width: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, 3, 12, 20, generator=generator)
-    points = torch.stack([torch.randint(side, (2, 60), generator=generator) for side in (12, 20)], -1)
-    points[:, :4] = torch.tensor([[0, 0], [0, 19], [11, 0], [11, 19]])
+    image = torch.randn(2, 3, 16, 16, generator=generator)
+    points = torch.randint(16, (2, 60, 2), generator=generator)
+    points[:, :4] = torch.tensor([[0, 0], [0, 15], [15, 0], [15, 15]])
     smooth = mollify(image, width)
-    expected = torch.stack([smooth[s, :, points[s, :, 0], points[s, :, 1]].T for s in range(2)]).flatten(0, 1)
-    torch.testing.assert_close(mollified_at(image, points, width), expected, rtol=1e-5, atol=1e-6)
+    expected = torch.stack([smooth[s, :, points[s, :, 0], points[s, :, 1]].T for s in range(2)])
+    radius = mollifier_radius(width)
+    rows, columns = square(points - radius, 2 * radius + 1)
+    beyond = (rows != rows.clamp(0, 15)) | (columns != columns.clamp(0, 15))
+    scene = torch.arange(2)[:, None, None, None]
+    near = image.permute(0, 2, 3, 1)[scene, rows.clamp(0, 15), columns.clamp(0, 15)] + 1e6 * beyond[..., None]
+    torch.testing.assert_close(mollified_at(near, points, 16, width), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mpp", "width"), [(0.5, 0.5), (1.0, 1.3), (8.0, 0.5)])
+def test_what_is_read_here_and_there_is_what_whole_scenes_say(pack: TrainingPack, mpp: float, width: float) -> None:
+    """Losses once more from all pixels of the scenes and of their noise, mollified whole; at 8 µm there are no points.
+
+    Points are dense, so that many lie within A's reach of the window and of the border.
+    """
+    sampler = CoordinateSampler(pack, shares=(1,) * 5, sizes=(64, 64, 64, 64, 32), window=32, points=400)
+    torch.manual_seed(0)
+    sizes = DenoiserConfig(dim=6, width=8, depth=(1, 1, 2), layout=2, heads=2, tokens=2, mollifier=width)
+    denoiser, ladder = Denoiser(sizes), Ladder(tuple(pack.about["pitches"]), tuple(pack.about["details"]))
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        scenes, drawing = sampler.draw(2, 3, mpp=mpp), Optimisation(unconditional=0.5)
+        found = losses(denoiser, ladder, scenes, pack.about, drawing, torch.Generator().manual_seed(4))
+        torch.testing.assert_close(found, of_whole_scenes(denoiser, ladder, scenes, pack.about, drawing, 4))
+    assert (found[1] > 0) == (mpp < 8)
+
+
+def of_whole_scenes(
+    denoiser: Denoiser, ladder: Ladder, scenes: Scenes, about: dict[str, Any], drawing: Optimisation, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`losses`, the long way."""
+    generator, n, size = torch.Generator().manual_seed(seed), len(scenes.lines), scenes.size
+    sigma = draw_sigma(ladder, scenes.mpp, n, drawing, generator)
+    seeds = torch.randint(1 << 62, (n,), generator=generator).tolist()
+    known = (torch.rand(n, generator=generator) >= drawing.unconditional).float()
+    origin = torch.rand(n, 2, generator=generator).double() * 8192
+    image, wide = scenes.whole(), sigma[:, None, None, None]
+    noisy = image + wide * torch.stack([NoiseField(one).read(Grid(1.0, 0, 0, size, size)) for one in seeds])
+    given = noisy * coefficients(wide)[2]
+
+    def windows(of: Tensor) -> Tensor:
+        parts = zip(of, scenes.windows.tolist(), strict=True)
+        return torch.stack([u[:, top : top + scenes.window, left : left + scenes.window] for u, (top, left) in parts])
+
+    setting = denoiser.setting(sigma, scenes.mpp, conditions(scenes, about), origin=origin, known=known)
+    scatter = _scatter(scenes.points) if scenes.weight else None
+    at = [torch.arange(n).repeat_interleave(scenes.points.shape[1]), *scenes.points.flatten(0, 1).T]
+    smooth, image_at, noisy_at = (
+        of.permute(0, 2, 3, 1)[*at] for of in (mollify(given, denoiser.config.mollifier), image, noisy)
+    )
+    grid, tokens = denoiser.layout(*_gathered(denoiser, windows(given), setting, scatter, smooth, scenes), setting)
+    memory = denoiser.memory(tokens, setting)
+    corner = scenes.windows[:, 0], scenes.windows[:, 1]
+    said = denoiser.paint(windows(given), setting, grid, memory, corner=corner)
+    window = loss(said, windows(image), windows(noisy), wide, objective=drawing.objective).mean()
+    if scatter is None:
+        return window, torch.zeros(())
+    said = denoiser.paint_points(smooth, scatter, setting, grid, memory)
+    return window, loss(said, image_at, noisy_at, sigma[at[0]][:, None], objective=drawing.objective).mean()
 
 
 def test_noise_levels_are_those_that_the_solver_visits() -> None:
@@ -450,7 +510,7 @@ def test_the_layout_is_told_the_scene_without_bias(pack: TrainingPack) -> None:
             origin, sigma = torch.zeros(8, 2, dtype=torch.float64), torch.ones(8)
             setting = denoiser.setting(sigma, 0.5, conditions(scenes, pack.about), origin=origin)
             window, values = torch.zeros(8, 3, 32, 32), torch.zeros(8 * 60, 3)
-            _, mass = _gathered(denoiser, window, scenes.windows, setting, 128, _scatter(scenes.points), values, scenes)
+            _, mass = _gathered(denoiser, window, setting, _scatter(scenes.points), values, scenes)
             total, count = total + mass[..., 0].sum(0), count + 8
     expected = nodes(splat(torch.ones(1, 16, 16, 1), 4))[0, ..., 0]
     assert (total / count).sum().item() == pytest.approx(256, rel=0.015)
@@ -514,7 +574,8 @@ def test_a_gpu_trains_as_the_cpu_does(pack: TrainingPack, tissue_slide: Path, tm
     build_pack([open_slide(tissue_slide)], tmp_path / "pack", encoder=Colours())
     there = TrainingPack(tmp_path / "pack", device=device)
     one, other = Training(config_of(), pack, tmp_path), Training(config_of(), there, tmp_path / "there", device)
-    torch.testing.assert_close(other._scenes(3).images.cpu(), one.sampler.draw(3, one.config.optimisation.batch).images)
+    expected = one.sampler.draw(3, one.config.optimisation.batch).whole()
+    torch.testing.assert_close(other._scenes(3).whole().cpu(), expected)
     losses = [[run.step() for _ in range(8)] for run in (one, other)]
     assert sum(losses[1]) == pytest.approx(sum(losses[0]), rel=0.3)
 

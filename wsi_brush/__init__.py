@@ -20,6 +20,7 @@ The modules, in the order of the data; a module imports only what stands above i
     labels        Labels: a class in place of an embedding, the same everywhere
     distances     how unlike two sets of vectors are
     field         NoiseField: noise that is a function, read by address
+    scenes        Scenes: what is trained on, functions that are read where they are needed
     coordinates   TrainingPack, CoordinateSampler: points, values and conditions at random places
     operators     kernel-integral, cross-attention and self-attention operators
     splat         points to the nodes of a coarse grid, and nodes to points

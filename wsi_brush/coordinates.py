@@ -1,11 +1,11 @@
 """What a brush is trained on: points, their values and what they belong to, at random places and pitches.
 
 A `TrainingPack` is a folder of zarr arrays: every slide decoded at each pitch of the ladder (block means, so that the
-pitches are exact Haar levels of each other) beside its embeddings. A `CoordinateSampler` draws scenes from it. Of a
-scene the operator is given a fixed budget of points, whatever the size of the slide: one contiguous window, so that
-local operators see real neighbours, and scattered points over the rest, so that the grid level sees the layout. The
-scattered points carry the inverse of their density as weight (Horvitz and Thompson, 1952): sums over points then
-estimate sums over the scene without bias.
+pitches are exact Haar levels of each other) beside its embeddings. A `CoordinateSampler` draws scenes from it. A scene
+is a function, read where it is needed. The operator is given a fixed budget of its points, whatever its size: one
+contiguous window, so that local operators see real neighbours, and scattered points over the rest, so that the grid
+level sees the layout. The scattered points carry the inverse of their density as weight (Horvitz and Thompson, 1952):
+sums over points then estimate sums over the scene without bias.
 
 A draw is a pure function of (seed, step): training resumes bit for bit.
 """
@@ -30,6 +30,7 @@ from .errors import RefusedError, UsageError
 from .grid import Grid
 from .labels import Labels
 from .machine import undisturbed
+from .scenes import Images, Scenes
 from .slide import Slide
 from .tissue import PITCH, Tissue, find_tissue
 
@@ -163,9 +164,8 @@ class _Moments:
 
 @dataclass(frozen=True)
 class Packed:
-    """One slide of a pack: images by pitch, embeddings by pitch, tissue at the coarsest pitch."""
+    """One slide of a pack beside its images: embeddings by pitch, tissue at the coarsest pitch."""
 
-    images: dict[float, Any]
     embeddings: dict[float, NDArray[np.float16]]
     tissue: NDArray[np.uint8]
 
@@ -181,35 +181,19 @@ class TrainingPack:
         if manifest is None or manifest.get("kind") != KIND:
             raise RefusedError(f"{path}: no finished training pack; build it with `wsi-brush train`")
         self.about: dict[str, Any] = manifest
-        root = zarr.open_group(path / "slides", mode="r")
-        self.slides = []
-        for number in range(manifest["slides"]):
-            images: dict[float, Any] = {}
-            for pitch in manifest["pitches"]:
-                array = root[f"{number}/image/{pitch:g}"]
-                images[pitch] = array[...] if in_memory or device is not None else array  # type: ignore[index]
-                if device is not None:
-                    images[pitch] = torch.from_numpy(images[pitch]).to(device)
-            embeddings = {mpp: np.asarray(root[f"{number}/embedding/{mpp:g}"][...]) for mpp in PITCHES}  # type: ignore[index]
-            self.slides.append(Packed(images, embeddings, np.asarray(root[f"{number}/tissue"][...])))  # type: ignore[index]
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """A batch of scenes of one pitch, pixels in [-1, 1].
-
-    images: (n, 3, size, size); maps: by pitch of the embeddings (values (n, r, c, dim) not standardised, zeros where
-    absent; present (n, r, c); corner (n, 2) in pixels; cell in pixels); windows: (n, 2) corner of the contiguous window
-    of side `window`; points: (n, k, 2) scattered places outside the windows; weight: inverse density of those points.
-    """
-
-    mpp: float
-    images: Tensor
-    maps: dict[float, tuple[Tensor, Tensor, Tensor, float]]
-    windows: Tensor
-    window: int
-    points: Tensor
-    weight: float
+        root: Any = zarr.open_group(path / "slides", mode="r")
+        numbers, where = range(manifest["slides"]), device or (torch.device("cpu") if in_memory else None)
+        self.images = {
+            pitch: Images.of([root[f"{number}/image/{pitch:g}"] for number in numbers], where)
+            for pitch in manifest["pitches"]
+        }
+        self.slides = [
+            Packed(
+                {mpp: np.asarray(root[f"{number}/embedding/{mpp:g}"][...]) for mpp in PITCHES},
+                np.asarray(root[f"{number}/tissue"][...]),
+            )
+            for number in numbers
+        ]
 
 
 class CoordinateSampler:
@@ -217,7 +201,8 @@ class CoordinateSampler:
 
     shares: probability of each pitch; sizes: side of a scene at each pitch, pixels, a multiple of 32; window: side of
     the contiguous window, a multiple of 32; points: scattered points a scene; symmetries: what scenes are turned by;
-    device: where the scenes are wanted (the pack's images may be on disk).
+    reach: if given, what `Scenes.seen` says of it is read by `draw`, which may be in another thread; device: where the
+    scenes are wanted (the pack's images may be on disk).
     """
 
     def __init__(
@@ -231,6 +216,7 @@ class CoordinateSampler:
         seed: int = 0,
         held_out: bool = False,
         symmetries: Symmetries = "square",
+        reach: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Raises:
@@ -241,7 +227,7 @@ class CoordinateSampler:
         self._tile, self._device = pack.about["tile"], torch.device(device)
         self._shares = np.asarray(shares) / np.sum(shares)
         self._sizes = dict(zip(self._pitches, sizes, strict=True))
-        self._held_out, self._turns = held_out, _TURNS[symmetries]
+        self._held_out, self._turns, self._reach = held_out, _TURNS[symmetries], reach
         self._room = {pitch: self._candidates(pitch) for pitch in self._pitches}
         for (pitch, room), share in zip(self._room.items(), self._shares, strict=True):
             if share and not room:
@@ -258,7 +244,7 @@ class CoordinateSampler:
         """(slide, tissue cells (k, 2) of its part at the coarsest pitch) for the slides with room for a scene."""
         found = []
         for number, slide in enumerate(self._pack.slides):
-            height, width = slide.images[pitch].shape[:2]
+            height, width = self._pack.images[pitch].shapes[number].tolist()
             first, last = self._span(width)
             if min(height, last - first) < self._sizes[pitch]:
                 continue
@@ -275,27 +261,30 @@ class CoordinateSampler:
         size = self._sizes[mpp]
         slides, corners = self._places(rng, mpp, size, batch)
         turns = rng.integers(8, size=batch) & self._turns
-        images = torch.stack(
-            [
-                turned(self._part(mpp, slide, top, left, size), int(turn))
-                for slide, (top, left), turn in zip(slides.tolist(), corners.tolist(), turns, strict=True)
-            ]
-        )
         windows = rng.integers(0, (size - self._window) // 32 + 1, (batch, 2)) * 32
-        points = torch.from_numpy(self._scatter(rng, windows, size)).to(self._device)
+        places = self._lines(mpp, slides, corners, turns), windows, self._scatter(rng, windows, size)
+        lines, at, points = (torch.from_numpy(found).to(self._device) for found in places)
         maps = {
             pitch: cells.around(slides, corners, size, self._tile * pitch / mpp, turns)
             for pitch, cells in self._cells.items()
         }
         outside = size * size - self._window**2
         weight = outside / self._count if self._count else 0.0
-        images = images.to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return Scenes(mpp, images, maps, torch.from_numpy(windows), self._window, points, weight)
+        scenes = Scenes(mpp, size, self._pack.images[mpp], lines, maps, at, self._window, points, weight)
+        if self._reach is not None:
+            scenes.seen(self._reach)
+        return scenes
 
-    def _part(self, mpp: float, slide: int, top: int, left: int, size: int) -> Tensor:
-        """A scene's pixels, (size, size, 3)."""
-        part = self._pack.slides[slide].images[mpp][top : top + size, left : left + size]
-        return part if isinstance(part, Tensor) else torch.from_numpy(part)
+    def _lines(
+        self, mpp: float, slides: NDArray[np.int64], corners: NDArray[np.int64], turns: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """`Scenes.lines`: a symmetry begins in another corner and goes other ways."""
+        images, back = self._pack.images[mpp], turns[:, None] >> np.arange(2) & 1
+        width = images.shapes[slides, 1]
+        top, left = (corners + back * (self._sizes[mpp] - 1)).T
+        steps = np.stack([width, np.ones_like(width)], 1) * (1 - 2 * back)
+        steps = np.where(turns[:, None] & 4, steps[:, ::-1], steps)
+        return np.column_stack([images.starts[slides] + top * width + left, steps])
 
     def _places(
         self, rng: np.random.Generator, mpp: float, size: int, batch: int
@@ -310,7 +299,7 @@ class CoordinateSampler:
         slides = np.array([room[index][0] for index in chosen])
         centre = (cells + rng.random((batch, 2))) * self._pitches[-1] / mpp
         corner = np.rint(centre - size / 2 + rng.uniform(-0.4, 0.4, (batch, 2)) * size)
-        shapes = np.array([self._pack.slides[slide].images[mpp].shape[:2] for slide in slides])
+        shapes = self._pack.images[mpp].shapes[slides]
         spans = np.array([self._span(int(width)) for width in shapes[:, 1]])
         least = np.stack([np.zeros(batch), spans[:, 0]], 1)
         most = np.stack([shapes[:, 0], spans[:, 1]], 1) - size

@@ -28,24 +28,37 @@ _TRUNCATION = 4.0  # radius of A in standard deviations: 6e-5 of its mass lies o
 
 @dataclass(frozen=True)
 class NoiseField:
-    """White Gaussian noise of unit variance on every lattice of the plane."""
+    """White Gaussian noise of unit variance on every lattice of the plane; of seeds (n,), n such fields."""
 
-    seed: int
+    seed: int | Tensor
     channels: int = 3
 
     def read(self, grid: Grid, *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
-        """The noise at the grid's pixels, (channels, height, width), float32.
+        """The noise at the grid's pixels, (channels, height, width), float32, of one seed.
 
         `stream` separates the uses of one seed: the start, the details of each level, a step.
         """
         rows = torch.arange(grid.top, grid.bottom, dtype=torch.int64, device=device)
         columns = torch.arange(grid.left, grid.right, dtype=torch.int64, device=device)
+        return torch.stack(self._planes(rows[:, None], columns, stream))
+
+    def read_at(self, rows: Tensor, columns: Tensor, *, stream: int = 0) -> Tensor:
+        """The same noise at any places, integers that broadcast to (...): (..., channels).
+
+        Of seeds (n,) the places are (n, ...), each field's own.
+        """
+        return torch.stack(self._planes(rows, columns, stream), -1)
+
+    def _planes(self, rows: Tensor, columns: Tensor, stream: int) -> list[Tensor]:
         planes = []
         for channel in range(self.channels):
-            key = int(_mix(_mix(_mix(torch.tensor(self.seed)) + stream) + channel))  # here: no device is waited for
-            bits = _mix(_mix(key + rows * _ODD_ROW)[:, None] + columns * _ODD_COLUMN)
-            planes.append(_normal(bits))
-        return torch.stack(planes)
+            key: int | Tensor
+            if isinstance(self.seed, Tensor):
+                key = _mix(_mix(_mix(self.seed) + stream) + channel).view(-1, *(1,) * (rows.ndim - 1))
+            else:
+                key = int(_mix(_mix(_mix(torch.tensor(self.seed)) + stream) + channel))  # here: no device is waited for
+            planes.append(_normal(_mix(_mix(key + rows * _ODD_ROW) + columns * _ODD_COLUMN)))
+        return planes
 
     def read_mollified(
         self, grid: Grid, *, width: float, stream: int = 0, device: torch.device | str = "cpu"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .condition import ConditionMap, Setting
-from .coordinates import Scenes
 from .denoiser import CELL, NODE, Denoiser, node_mass
 from .diffusion import Ladder, Objective, coefficients, loss
-from .field import mollifier, mollifier_radius
+from .field import NoiseField, mollifier, mollifier_radius
 from .operators import Scatter
+from .scenes import Scenes, square
 from .splat import nodes
 
 
@@ -60,45 +60,36 @@ def losses(
     """Mean loss over the windows' points and over the scattered points of a batch of scenes.
 
     Both estimate the scenes' mean loss without bias, so any mixture of them does. Scenes, weights and generator are on
-    one device.
+    one device. A scene and its noise are read at its window and around its points, and nowhere else: where the two
+    overlap they are the same.
     """
-    image, device = scenes.images, scenes.images.device
-    n, _, size, _ = image.shape
+    n, device = len(scenes.windows), scenes.windows.device
     sigma = draw_sigma(ladder, scenes.mpp, n, drawing, generator)
     wide = sigma[:, None, None, None]
-    noisy = image + wide * torch.randn(image.shape, generator=generator, device=device)
-    given = noisy * coefficients(wide)[2]
+    noise = NoiseField(torch.randint(1 << 62, (n,), generator=generator, device=device))
     known = (torch.rand(n, generator=generator, device=device) >= drawing.unconditional).float()
     origin = torch.rand(n, 2, generator=generator, device=device).double() * 8192
     setting = denoiser.setting(sigma, scenes.mpp, conditions(scenes, about), origin=origin, known=known)
-    corners = scenes.windows.to(device)
-    at_rows, at_columns = (corners[:, axis, None] + torch.arange(scenes.window, device=device) for axis in (0, 1))
-    scene = torch.arange(n, device=device)[:, None, None]
-
-    def windows(of: Tensor) -> Tensor:
-        return of.permute(0, 2, 3, 1)[scene, at_rows[:, :, None], at_columns[:, None]].permute(0, 3, 1, 2)
-
-    scattered = scenes.weight > 0
-    scatter = _scatter(scenes.points) if scattered else None
-    values = mollified_at(given, scenes.points, denoiser.config.mollifier) if scattered else given
-    window = windows(given)
-    grid, tokens = denoiser.layout(
-        *_gathered(denoiser, window, corners, setting, size, scatter, values, scenes), setting
-    )
+    reach = mollifier_radius(denoiser.config.mollifier)
+    image, around = scenes.seen(reach)
+    image = image.permute(0, 3, 1, 2)
+    noisy = image + wide * noise.read_at(*square(scenes.windows, scenes.window)).permute(0, 3, 1, 2)
+    scatter, values, near = None, noisy, noisy
+    if scenes.weight > 0:
+        scatter = _scatter(scenes.points)
+        near = around + wide[..., None] * noise.read_at(*square(scenes.points - reach, 2 * reach + 1))
+        values = mollified_at(near, scenes.points, scenes.size, denoiser.config.mollifier)
+        values = (values * coefficients(sigma[:, None, None])[2]).flatten(0, 1)
+    window = noisy * coefficients(wide)[2]
+    grid, tokens = denoiser.layout(*_gathered(denoiser, window, setting, scatter, values, scenes), setting)
     memory = denoiser.memory(tokens, setting)
-    said = denoiser.paint(window, setting, grid, memory, corner=(corners[:, 0], corners[:, 1]))
-    window = loss(said, windows(image), windows(noisy), wide, objective=drawing.objective).mean()
+    said = denoiser.paint(window, setting, grid, memory, corner=(scenes.windows[:, 0], scenes.windows[:, 1]))
+    window = loss(said, image, noisy, wide, objective=drawing.objective).mean()
     if scatter is None:
         return window, window.new_zeros(())
     said = denoiser.paint_points(values, scatter, setting, grid, memory)
-    scene, rows, columns = scatter.scene, scatter.rows, scatter.columns
-    at = loss(
-        said,
-        image[scene, :, rows, columns],
-        noisy[scene, :, rows, columns],
-        sigma[scene][:, None],
-        objective=drawing.objective,
-    )
+    image, noisy = (u[:, :, reach, reach].flatten(0, 1) for u in (around, near))
+    at = loss(said, image, noisy, sigma[scatter.scene][:, None], objective=drawing.objective)
     return window, at.mean()
 
 
@@ -119,35 +110,31 @@ def conditions(scenes: Scenes, about: dict[str, Any]) -> list[ConditionMap]:
 
 
 def _gathered(
-    denoiser: Denoiser, window: Tensor, corners: Tensor, setting: Setting, size: int, scatter: Scatter | None,
-    values: Tensor, scenes: Scenes,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    denoiser: Denoiser, window: Tensor, setting: Setting, scatter: Scatter | None, values: Tensor, scenes: Scenes
+) -> tuple[Tensor, Tensor]:
     """Node sums and their mass of a batch of scenes, from the windows' cells and the scattered points' cells."""
-    n, side = len(window), window.shape[2] // NODE
+    n, side, size = len(window), scenes.window // NODE, scenes.size
     count = size // NODE + 1
     own = nodes(denoiser.sketch(window, setting))
     own = torch.cat([own, node_mass(n, side, side).to(own)], -1)
     along = torch.arange(side + 1, device=own.device)
-    rows, columns = (corners[:, axis, None] // NODE + along for axis in (0, 1))
+    rows, columns = (scenes.windows[:, axis, None] // NODE + along for axis in (0, 1))
     first = torch.arange(n, device=own.device)[:, None] * count
     at = ((first + rows)[:, :, None] * count + columns[:, None]).flatten()
     total = own.new_zeros(n * count * count, own.shape[-1]).index_copy(0, at, own.flatten(0, 2))
     total = total.unflatten(0, (n, count, count))
     if scatter is not None:
-        cells = (size**2 - window.shape[2] ** 2) / CELL**2
+        cells = (size**2 - scenes.window**2) / CELL**2
         occupied = 1 - (1 - 1 / cells) ** scenes.points.shape[1]  # the chance that a cell holds a point
         total = total + denoiser.sketch_points(values, scatter, 1 / occupied, setting, (size, size))
     return total[..., :-1], total[..., -1:]
 
 
-def mollified_at(image: Tensor, points: Tensor, width: float) -> Tensor:
-    """A x at scattered points only: (n, 3, h, w) and (n, k, 2) -> (n k, 3); equals `field.mollify` there."""
-    radius, taps = mollifier_radius(width), mollifier(width).to(image.device)
-    n, _, h, w = image.shape
-    away = torch.arange(-radius, radius + 1, device=image.device)
-    rows, columns = points[..., :1] + away, points[..., 1:] + away  # (n, k, taps)
-    down, across = ((rows >= 0) & (rows < h)) * taps, ((columns >= 0) & (columns < w)) * taps
-    scene = torch.arange(n, device=image.device)[:, None, None, None]
-    near = image.permute(0, 2, 3, 1)[scene, rows.clamp(0, h - 1)[..., None], columns.clamp(0, w - 1)[..., None, :]]
+def mollified_at(near: Tensor, points: Tensor, size: int, width: float) -> Tensor:
+    """A x at points (n, k, 2) of scenes of `size` pixels, from x within A's radius of them, (n, k, taps, taps, 3): as
+    `field.mollify` there, (n, k, 3)."""
+    radius, taps = mollifier_radius(width), mollifier(width, device=near.device)
+    rows, columns = square(points - radius, 2 * radius + 1)
+    down, across = (((at >= 0) & (at < size)).flatten(2) * taps for at in (rows, columns))
     total = torch.einsum("nkijc,nki,nkj->nkc", near, down, across)
-    return (total / (down.sum(-1) * across.sum(-1))[..., None]).flatten(0, 1)
+    return total / (down.sum(-1) * across.sum(-1))[..., None]

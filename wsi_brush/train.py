@@ -24,16 +24,18 @@ from .baselines import System, build
 from .brush import Brush, load_brush, save_brush
 from .commit import check_target, fingerprint, read_manifest, sha256_of, write_json
 from .coordinates import KIND as PACK
-from .coordinates import TRAIN_UNTIL, CoordinateSampler, Scenes, TrainingPack, build_pack
+from .coordinates import TRAIN_UNTIL, CoordinateSampler, TrainingPack, build_pack
 from .denoiser import Denoiser, DenoiserConfig
 from .diffusion import Ladder
 from .encoder import load_encoder
 from .errors import MachineError, RefusedError, UsageError
+from .field import mollifier_radius
 from .labels import LABELS, Labels
 from .machine import check_precision, find_device, name_of, products
 from .objective import losses
 from .optimiser import optimisers
 from .recipe import Data, Model, Rival, TrainConfig
+from .scenes import Scenes
 from .scratch import hold
 from .slide import open_slide
 
@@ -151,6 +153,7 @@ class Training:
         self.ladder = Ladder(pitches, details, o.tolerance, sigma_min=o.sigma_min, retained=o.retained)
         sizes = {"shares": config.data.shares, "sizes": config.data.sizes, "window": config.data.window}
         sizes |= {"points": config.data.points, "symmetries": config.data.symmetries}
+        sizes |= {"reach": mollifier_radius(config.model.mollifier) if isinstance(config.model, Model) else None}
         self.sampler = CoordinateSampler(pack, **sizes, seed=o.seed, device=device)  # type: ignore[arg-type]
         self._side_by_side: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[Scenes]] | None = None

@@ -16,11 +16,11 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from ..condition import ConditionMap
-from ..coordinates import Scenes
 from ..diffusion import Ladder
 from ..grid import Grid
 from ..objective import Drawing
 from ..progress import Tell
+from ..scenes import Scenes
 
 OURS = "ours"
 """What `system` says where the network is the brush's own denoiser."""

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..condition import ConditionMap
-from ..coordinates import Scenes
 from ..diffusion import Ladder
 from ..errors import MachineError
 from ..field import NoiseField
 from ..grid import Grid
 from ..objective import Drawing, conditions
 from ..progress import Tell, Told
+from ..scenes import Scenes
 from ..splat import interpolate
 from . import System
 
@@ -144,7 +144,7 @@ class Fixed(System):
 
         The velocity is what is said, whatever `drawing.objective`.
         """
-        image, size = scenes.images, self.config.size
+        image, size = scenes.whole(), self.config.size
         n, side = len(image), image.shape[-1]
         image = functional.interpolate(image, (size, size), mode="bicubic", antialias=True)
         time = torch.randint(len(self.schedule.alphas_cumprod), (n,), generator=generator)

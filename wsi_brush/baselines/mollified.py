@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from ..condition import ConditionMap
-from ..coordinates import Scenes
 from ..diffusion import SIGMA_DATA, Ladder
-from ..field import NoiseField, mollifier, mollifier_radius, mollify
+from ..field import NoiseField, mollifier, mollifier_radius
 from ..grid import Grid
-from ..objective import Drawing, conditions
+from ..objective import Drawing, conditions, mollified_at
 from ..progress import Tell, Told
+from ..scenes import Scenes, square
 from . import System
 from .points import Domain
 
@@ -115,6 +115,15 @@ def _response(side: int, width: float) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.asarray((angles.cos() * mollifier(width).double()).sum(1), np.float32)
 
 
+def _places(scenes: int, count: int, size: int, seed: int) -> Tensor:
+    """Distinct places in squares of `size`, uniform and in raster order, (scenes, count, 2): of a few among many numpy
+    draws no permutation of all."""
+    rng = np.random.default_rng(seed)
+    flat = np.stack([rng.choice(size * size, count, replace=False, shuffle=False) for _ in range(scenes)])
+    flat.sort()
+    return torch.from_numpy(np.stack(np.divmod(flat, size), -1))
+
+
 class Mollified(System):
     """What the systems of this kind share; `config` has `width`, `grid`, `node`, `mollifier` and `kernel`."""
 
@@ -138,24 +147,23 @@ class Mollified(System):
         There are as many points as the window and the scattered points of the recipe have together, uniform over the
         scene without repetition.
         """
-        image, width = scenes.images, self.config.mollifier
-        n, _, size, _ = image.shape
+        n, size, width = len(scenes.windows), scenes.size, self.config.mollifier
         schedule = Cosine.within(ladder)
         drawn = torch.randint(len(schedule.times), (n,), generator=generator)
         times = schedule.times[drawn]
         sigma = schedule.sigmas[times].float()
-        noise = mollify(torch.randn(image.shape, generator=generator), width)
-        noisy = mollify(image, width) + sigma[:, None, None, None] * noise
+        field = NoiseField(torch.randint(1 << 62, (n,), generator=generator))
         known = (torch.rand(n, generator=generator) >= drawing.unconditional).float()
         origin = torch.rand(n, 2, generator=generator).double() * 8192
         count = min(size * size, scenes.window**2 + scenes.points.shape[1])
-        flat = torch.stack([torch.randperm(size * size, generator=generator)[:count].sort()[0] for _ in range(n)])
-        places = torch.stack([flat // size, flat % size], -1)
+        places = _places(n, count, size, int(torch.randint(1 << 62, (), generator=generator))).to(sigma.device)
+        radius = mollifier_radius(width)
+        near = square(places - radius, 2 * radius + 1)
+        image, noise = (mollified_at(u.read_at(*near), places, size, width) for u in (scenes, field))
         domain = Domain.scattered(places, (size, size), scenes.mpp, origin, side=self.config.kernel)
-        noisy, noise = (u.flatten(2).gather(2, flat[:, None].expand(-1, 3, -1)) for u in (noisy, noise))
-        values = self._scaled(noisy.transpose(1, 2)[:, :, None], sigma)
+        values = self._scaled((image + sigma[:, None, None] * noise)[:, :, None], sigma)
         said = self.noise(values, domain, sigma, conditions(scenes, about), known)
-        error = ((said[:, :, 0] - noise.transpose(1, 2)) ** 2).mean((1, 2))
+        error = ((said[:, :, 0] - noise) ** 2).mean((1, 2))
         if self.weighting == "theorem1":
             error = error * schedule.theorem1(times).float()
         return error.mean(), torch.zeros(())

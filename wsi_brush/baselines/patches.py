@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..condition import ConditionMap
-from ..coordinates import Scenes
 from ..diffusion import Ladder, Move, coefficients, loss, moves
 from ..errors import UsageError
 from ..field import NoiseField
 from ..grid import Grid
 from ..objective import Drawing, conditions
 from ..progress import Tell, Told
+from ..scenes import Scenes, square
 from . import System
 
 BATCH, GPU_BATCH = 16, 256
@@ -170,7 +170,7 @@ class Patches(System):
         Raises:
             UsageError: if a scene is smaller than a patch.
         """
-        side, (n, _, size, _) = self.config.side, scenes.images.shape
+        side, n, size = self.config.side, len(scenes.windows), scenes.size
         if size < side:
             raise UsageError(
                 f"patches: scenes of {size} pixels at {scenes.mpp:g} µm are smaller than a patch; give `sizes` from "
@@ -178,16 +178,13 @@ class Patches(System):
             )
         count = max(1, (scenes.window // side) ** 2)
         scene = torch.arange(n).repeat_interleave(count)
-        corner = torch.randint(size - side + 1, (len(scene), 2), generator=generator)
-        image = scenes.images
-        image = torch.stack(
-            [image[s, :, r : r + side, c : c + side] for s, (r, c) in zip(scene.tolist(), corner.tolist(), strict=True)]
-        )
+        corner = torch.randint(size - side + 1, (n, count, 2), generator=generator)
+        image = scenes.read_at(*square(corner, side)).flatten(0, 1).permute(0, 3, 1, 2)
         span = math.log(ladder.sigma_max / ladder.sigma_min)
         sigma = ladder.sigma_min * (span * torch.rand(len(scene), generator=generator)).exp()
         wide = sigma[:, None, None, None]
         noisy = image + wide * torch.randn(image.shape, generator=generator)
-        embedding, present = embedding_at(own(conditions(scenes, about), side), scene, corner + side / 2)
+        embedding, present = embedding_at(own(conditions(scenes, about), side), scene, corner.flatten(0, 1) + side / 2)
         known = (torch.rand(len(scene), generator=generator) >= drawing.unconditional).float()
         said = self(noisy * coefficients(wide)[2], sigma, scenes.mpp, self.tell_of(embedding, present, known))
         return loss(said, image, noisy, wide, objective=drawing.objective).mean(), torch.zeros(())

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..condition import ConditionMap
-from ..coordinates import Scenes
 from ..diffusion import Ladder
 from ..errors import MachineError, RefusedError, UsageError
 from ..field import NoiseField
@@ -30,6 +29,7 @@ from ..grid import Grid
 from ..machine import find_device, free_memory
 from ..objective import Drawing
 from ..progress import Tell, Told
+from ..scenes import Scenes
 from . import System
 
 PIPELINE = "StableDiffusionXLPipeline"
