@@ -163,8 +163,8 @@ def test_squares_hold_the_most_tissue_and_share_no_pixel(pipeline: ModuleType, t
 def test_the_largest_batch_is_what_fits_beside_the_first_scene(pipeline: ModuleType) -> None:
     one = {"seconds1": 1.0, "seconds2": 1.5, "peak1": 2e9, "peak2": 3e9}
     over = one | {"peak1": 9e9}
-    lines = pipeline.costs({"ours": dict(zip(pipeline.COST_SIZES, (one, over), strict=True))}, {"ours": 2_500_000})
-    assert cells(lines[-1]) == ["ours", "2.50 M", "0.75", "0.75", "7", "0"]
+    lines = pipeline.costs({"ours": dict(zip(pipeline.COST_SIZES, (one, one, over), strict=True))}, {"ours": 2_500_000})
+    assert cells(lines[-1]) == ["ours", "2.50 M", "0.75", "0.75", "0.75", "7", "7", "0"]
 
 
 def test_a_figure_stands_beside_its_floor(pipeline: ModuleType) -> None:
