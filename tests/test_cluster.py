@@ -22,7 +22,7 @@ from wsi_brush.synthesize import synthesize_slide
 
 ENCODER = cast(Encoder, TileStatistics())
 PAINTING = Painting(
-    region=(200, 180, 300, 520), steps=5, guidance=2.0, tile=256
+    region=(200, 180, 300, 520), steps=6, guidance=2.0, tile=256
 )  # two steps of history, slopes, guidance
 
 

@@ -42,7 +42,7 @@ from wsi_brush.synthesize import synthesize_slide
 
 DIM, SIDE = 6, 32
 CANVAS = Grid(0.5, 96, 32, 192, 160)
-QUICK = Painting(steps=5, guidance=2.0, tile=64)
+QUICK = Painting(steps=6, guidance=2.0, tile=64)
 FUNCTIONS = {"width": 8, "kernel": 5, "grid": 8, "node": 8, "heads": 2}
 RIVALS: dict[str, dict[str, Any]] = {
     "infty-diff": FUNCTIONS,

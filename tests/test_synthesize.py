@@ -37,7 +37,7 @@ from wsi_brush.synthesize import MARK, as_pixels, choose_canvas, compare, synthe
 from wsi_brush.tissue import Tissue, find_tissue
 
 ENCODER = cast(Encoder, TileStatistics())
-QUICK = Painting(region=(300, 280, 333, 517), steps=5)
+QUICK = Painting(region=(300, 280, 333, 517), steps=6)
 CANARY = "Ramona^Testcase"
 
 
