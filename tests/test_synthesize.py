@@ -283,7 +283,8 @@ class TestSlide:
         for node in (root, *levels):
             about = cast(dict[str, Any], node.attrs["wsi_brush"])
             assert about["synthetic"] is True
-            assert (about["seed"], about["steps"], about["guidance"], about["mpp"]) == (0, QUICK.steps, QUICK.guidance, 0.5)
+            asked = tuple(about[name] for name in ("seed", "steps", "guidance", "mpp"))
+            assert asked == (QUICK.seed, QUICK.steps, QUICK.guidance, QUICK.mpp)
             assert about["brush_sha256"] == brush.sha256
             assert (about["encoder"], about["encoder_fingerprint"]) == (ENCODER.name, ENCODER.fingerprint)
             assert {"wsi-brush", "torch", "numpy"} <= set(about["versions"])
