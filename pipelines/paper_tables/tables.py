@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from wsi_brush import __version__
-from wsi_brush.brush import load_brush
+from wsi_brush.brush import Brush, load_brush
 from wsi_brush.commit import fingerprint
 from wsi_brush.coordinates import TrainingPack, build_pack
 from wsi_brush.encoder import load_encoder
@@ -103,16 +103,12 @@ def squares(slide: Slide, size: int, count: int) -> list[tuple[int, int, int, in
 
 
 def painted(
-    tables: dict[str, Any], system: str, slides: Path, work: Path, size: int, each: int, device: str
+    tables: dict[str, Any], system: str, brush: Brush, slides: Path, work: Path, size: int, each: int, device: str
 ) -> tuple[Path, float]:
     """A folder with a system's paintings of a size, `each` of every held-out slide, and the mean seconds of one."""
     folder = folder_of(tables, system, work) / f"{size}-{each}-{tables['steps']}"
     folder.mkdir(exist_ok=True)
-    brush, encoder, log = (
-        load_brush(folder.with_name("brush")),
-        load_encoder(tables["encoder"]),
-        folder / "seconds.json",
-    )
+    encoder, log = load_encoder(tables["encoder"]), folder / "seconds.json"
     seconds: dict[str, float] = json.loads(log.read_text()) if log.exists() else {}
     for source in tables["held_out"]:
         slide = open_slide(slides / source["path"], assume_mpp=source.get("assume_mpp"))
@@ -256,10 +252,10 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.sizes and size not in arguments.sizes:
             continue
         found, taken = {}, {}
-        for system in systems:
+        for system, brush in loaded.items():
             if size not in tables["systems"][system].get("sizes", [size]):
                 continue
-            folder, taken[system] = painted(tables, system, slides, work, size, each, arguments.device)
+            folder, taken[system] = painted(tables, system, brush, slides, work, size, each, arguments.device)
             found[system] = judged(tables, slides, folder)
         lines += [f"## {size}²: {len(tables['held_out']) * each} paintings after held-out slides", "",
                   *quality(found, tables["encoder"]), "",
