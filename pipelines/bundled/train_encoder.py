@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from wsi_brush.commit import fingerprint, sha256_of, write_json
 from wsi_brush.grid import Grid
-from wsi_brush.machine import keep_memory
+from wsi_brush.machine import find_device, keep_memory, name_of
 from wsi_brush.slide import open_slide
 
 CHECKPOINT_SECONDS = 120.0
@@ -77,16 +77,14 @@ class Picture:
         rows, places = np.nonzero(inside > tissue * tile**2)
         return np.stack([tops[rows], lefts[places] + (columns.start or 0)], axis=1)
 
-    def crop(self, top: int, left: int, side: int, *, averaged: bool) -> NDArray[np.uint8]:
-        """A square of the part that may be trained on, white beyond it."""
-        rgb = self.averaged if averaged and self.averaged is not None else self.rgb
-        square = np.full((side, side, 3), 255, np.uint8)
+    def copy(self, square: Tensor, pixels: Tensor, top: int, left: int) -> None:
+        """Into a white square (side, side, 3) what of `pixels`, these or the averaged ones, may be trained on there."""
+        side = len(square)
         rows = slice(max(top, 0), min(top + side, self.rgb.shape[0]))
         columns = slice(max(left, 0), min(left + side, self.cut))
         if rows.start < rows.stop and columns.start < columns.stop:
             at = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
-            square[at] = rgb[rows, columns]
-        return square
+            square[at] = pixels[rows, columns]
 
 
 def decode(folder: Path, work: Path, mpps: list[float], train_until: float) -> list[Picture]:
@@ -134,8 +132,9 @@ def _average(finer: Picture, kept: Path, shape: tuple[int, ...], mpp: float) -> 
 class Sampler:
     """Pairs of source squares: balanced over pitches, then slides; the two of a pair lie near each other."""
 
-    def __init__(self, pictures: list[Picture], config: dict[str, Any], seed: int) -> None:
-        data = config["data"]
+    def __init__(self, pictures: list[Picture], config: dict[str, Any], seed: int, device: str = "cpu") -> None:
+        """device: where the pictures are held and the squares wanted."""
+        data, self.device = config["data"], device
         self.random = np.random.default_rng(seed)
         self.offset: int = config["views"]["offset"]
         self.side = math.ceil(config["tile"] * config["views"]["scale"][1])
@@ -146,28 +145,36 @@ class Sampler:
             corners = [p.tiles(config["tile"], data["tissue"], columns=slice(0, p.cut)) for p in chosen]
             self.offers.append([offer for offer in zip(chosen, corners, strict=True) if len(offer[1])])
         self.half = config["tile"] // 2
+        self.pixels = {
+            (picture.slide, picture.mpp, averaged): torch.from_numpy(rgb).to(device)
+            for picture in pictures
+            for averaged, rgb in enumerate((picture.rgb, picture.averaged))
+            if rgb is not None
+        }
 
     def pairs(self, count: int) -> Tensor:
         """(2 * count, side, side, 3) uint8: first all first members, then all second ones."""
-        first, second = [], []
-        for pitch in self.random.choice(len(self.offers), count, p=self.share):
+        squares = torch.full((2 * count, self.side, self.side, 3), 255, dtype=torch.uint8, device=self.device)
+        for number, pitch in enumerate(self.random.choice(len(self.offers), count, p=self.share)):
             picture, corners = self.offers[pitch][self.random.integers(len(self.offers[pitch]))]
             centre = corners[self.random.integers(len(corners))] + self.half + self.random.integers(0, STEP, 2)
-            first.append(self._square(picture, centre))
-            second.append(self._square(picture, centre + self.random.integers(-self.offset, self.offset + 1, 2)))
-        return torch.from_numpy(np.stack(first + second))
+            self._draw(squares[number], picture, centre)
+            near = centre + self.random.integers(-self.offset, self.offset + 1, 2)
+            self._draw(squares[count + number], picture, near)
+        return squares
 
     def tiles(self, count: int, tile: int) -> NDArray[np.uint8]:
         """(count, tile, tile, 3): tiles as they are, balanced in the same way."""
         places = self.side // 2 - tile // 2
-        return self.pairs(count)[:count, places : places + tile, places : places + tile].numpy()
+        return self.pairs(count)[:count, places : places + tile, places : places + tile].cpu().numpy()
 
-    def _square(self, picture: Picture, centre: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def _draw(self, square: Tensor, picture: Picture, centre: NDArray[np.int64]) -> None:
         corner = []
         for middle, extent in zip(centre, (picture.rgb.shape[0], picture.cut), strict=True):
             room = extent - self.side
             corner.append(min(max(int(middle) - self.side // 2, 0), room) if room >= 0 else room // 2)
-        return picture.crop(corner[0], corner[1], self.side, averaged=bool(self.random.integers(2)))
+        averaged = self.random.integers(2) and picture.averaged is not None
+        picture.copy(square, self.pixels[picture.slide, picture.mpp, int(averaged)], corner[0], corner[1])
 
 
 # views --------------------------------------------------------------------------------------------
@@ -177,19 +184,19 @@ def make_views(squares: Tensor, size: int, config: dict[str, Any], generator: to
     """Augment (n, side, side, 3) uint8 squares to (n, 3, size, size) normalised views, each in its own way."""
     views = config["views"]
     count, side = squares.shape[:2]
+    device = squares.device
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
+        return torch.rand(shape, generator=generator, device=device)
 
     low, high = views["scale"]
     scale = torch.exp(math.log(low) + uniform(count) * math.log(high / low)) * (size / side)
-    turn = _dihedral()[torch.randint(8, (count,), generator=generator)] * scale[:, None, None]
-    where = functional.affine_grid(
-        torch.cat([turn, torch.zeros(count, 2, 1)], dim=2), [count, 3, size, size], align_corners=False
-    )
+    chosen = torch.randint(8, (count,), generator=generator, device=device)
+    turn = functional.pad(_dihedral().to(device)[chosen] * scale[:, None, None], (0, 1))
+    where = functional.affine_grid(turn, [count, 3, size, size], align_corners=False)
     pixels = squares.permute(0, 3, 1, 2).float().contiguous()
     pixels = functional.grid_sample(pixels, where, mode="bilinear", padding_mode="border", align_corners=False)
-    stains = torch.tensor(STAINS)
+    stains = torch.tensor(STAINS, device=device)
     stains = stains / stains.norm(dim=1, keepdim=True)
     factor = 1 + views["stain"] * (2 * uniform(count, 3) - 1)
     mix = stains.T @ torch.diag_embed(factor) @ torch.linalg.inv(stains.T)
@@ -200,7 +207,7 @@ def make_views(squares: Tensor, size: int, config: dict[str, Any], generator: to
         functional.avg_pool2d(functional.pad(pixels, (1, 1, 1, 1), "replicate"), 2, 1), 2, 1
     )
     pixels = torch.lerp(pixels, blurred, views["blur"] * uniform(count, 1, 1, 1))
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
     return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -218,7 +225,7 @@ _QUARTERS = [quarter * math.pi / 2 for quarter in range(4)]
 def vicreg(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Invariance, variance and covariance of two (n, d) expansions (Bardes, Ponce and LeCun 2022)."""
     invariance = functional.mse_loss(first, second)
-    variance = covariance = torch.zeros(())
+    variance = covariance = torch.zeros((), device=first.device)
     for one in (first, second):
         centred = one - one.mean(dim=0)
         variance = variance + functional.relu(1 - (centred.var(dim=0) + 1e-4).sqrt()).mean() / 2
@@ -240,11 +247,11 @@ def effective_rank(embeddings: Tensor) -> float:
 class Training:
     """The network, its expander and optimiser, and how far they are."""
 
-    def __init__(self, config: dict[str, Any], work: Path) -> None:
-        self.config, self.work = config, work
+    def __init__(self, config: dict[str, Any], work: Path, device: str) -> None:
+        self.config, self.work, self.device = config, work, device
         torch.manual_seed(config["seed"])
         network: Any = timm.create_model(config["architecture"], num_classes=0)
-        self.network: nn.Module = network.to(memory_format=torch.channels_last)
+        self.network: nn.Module = network.to(device, memory_format=torch.channels_last)
         self.dim = int(network.num_features)
         width = config["optimisation"]["expander"]
         self.expander = nn.Sequential(
@@ -252,7 +259,7 @@ class Training:
             nn.BatchNorm1d(width),
             nn.ReLU(inplace=True),
             nn.Linear(width, width),
-        )
+        ).to(device)
         named = [*self.network.named_parameters(), *self.expander.named_parameters()]
         groups = [
             {"params": [p for _, p in named if p.ndim > 1], "weight_decay": config["optimisation"]["decay"]},
@@ -320,18 +327,18 @@ def write_weights(training: Training, sampler: Sampler, folder: Path) -> None:
     `embedding.mean` and `embedding.std` of training tiles go along: the encoder standardises what it returns.
     """
     config = training.config
-    tiles = torch.from_numpy(sampler.tiles(1024, config["tile"])).permute(0, 3, 1, 2)
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    tiles = torch.from_numpy(sampler.tiles(1024, config["tile"])).to(training.device).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(config[key], device=training.device).view(3, 1, 1) for key in ("mean", "std"))
     training.network.eval()
     with torch.inference_mode():
         seen = torch.cat([training.network((part / 255 - mean) / std) for part in tiles.split(64)])
     training.network.train()
     tensors = {
-        name: (value.half() if value.ndim > 1 else value.float()).contiguous().clone()
+        name: (value.half() if value.ndim > 1 else value.float()).cpu().contiguous().clone()
         for name, value in training.network.state_dict().items()
         if value.is_floating_point()
     }
-    tensors |= {"embedding.mean": seen.mean(dim=0), "embedding.std": seen.std(dim=0).clamp_min(1e-3)}
+    tensors |= {"embedding.mean": seen.mean(dim=0).cpu(), "embedding.std": seen.std(dim=0).clamp_min(1e-3).cpu()}
     partial = folder / "encoder.safetensors.partial"
     save_file(tensors, partial)
     about = {
@@ -350,6 +357,7 @@ def write_weights(training: Training, sampler: Sampler, folder: Path) -> None:
             "steps": training.step,
             "pairs": config["optimisation"]["pairs"],
             "minutes": round(training.seconds / 60, 1),
+            "device": name_of(torch.device(training.device)),
             "config": fingerprint(config),
             "versions": {"torch": torch.__version__, "timm": timm.__version__},
         },
@@ -359,15 +367,15 @@ def write_weights(training: Training, sampler: Sampler, folder: Path) -> None:
     write_json(folder / "encoder.json", about)
 
 
-def train(config: dict[str, Any], pictures: list[Picture], work: Path, out: Path) -> None:
+def train(config: dict[str, Any], pictures: list[Picture], work: Path, out: Path, device: str) -> None:
     """Train until the clock says so, then write the weights."""
     how = config["optimisation"]
-    training = Training(config, work)
+    training = Training(config, work, device)
     training.resume()
-    sampler = Sampler(pictures, config, seed=config["seed"] + training.step)
+    sampler = Sampler(pictures, config, seed=config["seed"] + training.step, device=device)
     for mpp, offers in zip(config["data"]["mpp"], sampler.offers, strict=True):
         print(f"mpp {mpp:g}:", ", ".join(f"{p.slide} {len(c)}" for p, c in offers), flush=True)
-    generator = torch.Generator().manual_seed(config["seed"] + training.step)
+    generator = torch.Generator(device).manual_seed(config["seed"] + training.step)
     saved = training.seconds
     while training.progress < 1:
         began = time.monotonic()
@@ -376,16 +384,18 @@ def train(config: dict[str, Any], pictures: list[Picture], work: Path, out: Path
             views = make_views(sampler.pairs(how["pairs"]), size, config, generator)
         for group in training.optimiser.param_groups:
             group["lr"] = training.rate()
-        embeddings = training.network(views)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=how["precision"] == "bfloat16"):
+            embeddings = training.network(views)
+        embeddings = embeddings.float()
         terms = vicreg(*training.expander(embeddings).chunk(2))
-        loss = sum((weight * term for weight, term in zip(how["weights"], terms, strict=True)), torch.zeros(()))
+        loss = torch.stack([weight * term for weight, term in zip(how["weights"], terms, strict=True)]).sum()
         training.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([*training.network.parameters(), *training.expander.parameters()], 10.0)
         training.optimiser.step()
         training.step += 1
         training.seconds += time.monotonic() - began
-        if training.step % 10 == 1:
+        if training.step % 20 == 1:
             figures = " ".join(f"{name} {t.item():.4f}" for name, t in zip(("inv", "var", "cov"), terms, strict=True))
             rank = effective_rank(embeddings.detach()[: how["pairs"]])
             speed = 2 * how["pairs"] / (time.monotonic() - began)
@@ -410,13 +420,14 @@ def main() -> None:
     parser.add_argument("--slides", type=Path, required=True, help="folder with PROVENANCE.tsv and slides/")
     parser.add_argument("--work", type=Path, required=True, help="decoded slides and checkpoints")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for encoder.safetensors and encoder.json")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     arguments = parser.parse_args()
     keep_memory()
     config = tomllib.loads(arguments.config.read_text())
     torch.set_num_threads(config["optimisation"]["threads"])
     arguments.work.mkdir(parents=True, exist_ok=True)
     pictures = decode(arguments.slides, arguments.work, config["data"]["mpp"], config["data"]["train_until"])
-    train(config, pictures, arguments.work, arguments.out)
+    train(config, pictures, arguments.work, arguments.out, str(find_device(arguments.device)))
 
 
 if __name__ == "__main__":
