@@ -1,4 +1,4 @@
-"""A brush made to listen to another encoder, to go on from: `adapt.py BRUSH --from WORK1/pack --to WORK2/pack -o FOLDER`.
+"""A brush made to listen to another encoder: `adapt.py BRUSH --from WORK1/pack --to WORK2/pack -o FOLDER`.
 
 The packs are of the same slides, by the encoder that the brush knows and by the new one. A ridge regression tells the
 first's embedding of a tile from the second's, at each pitch on its own; folded into the layer that reads embeddings, it
