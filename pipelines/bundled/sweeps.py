@@ -140,7 +140,9 @@ def apart(places: list[HeldOut], folders: list[Path], name: str, target: Path) -
         ours = [Spot(one.pairs[number].synthetic, one.pairs[number].here(grid)) for number, grid in spots]
         sides = ((one.real, theirs), (one.synthetic, ours), (other.synthetic, ours))
         seen = [embed_spots(fields, some, [eyes], codec, Told(None, "", 0))[0] for fields, some in sides]
-        reference, first, second = (brush.standardised(mpp, vectors.astype(np.float32)) for vectors in seen)
+        reference, first, second = (
+            brush.standardised(mpp, vectors.astype(np.float32)).astype(float) for vectors in seen
+        )
         number = {(field, grid.top, grid.left): index for index, (field, grid) in enumerate(theirs)}
         pairs = [
             (index, number[beside])
@@ -300,12 +302,12 @@ def main(arguments: argparse.Namespace) -> None:
     ]  # fmt: skip
     for sweep, some in sweeps.items():
         lines += [f"## {sweep.capitalize()}", "", *quality({one: found[one] for one in some}, name), ""]
-    lines += ["In brackets: the floor, real against real. Seconds: median, from the embeddings to the last pixel, with "
-              f"{arguments.workers} processes beside it. FD and KID: Fréchet and kernel distance. Octaves, finest first, "
+    lines += ["In brackets: the floor, real against real. Seconds: median, from the embeddings to the last pixel, while "
+              f"up to {arguments.workers} processes judge. FD, KID: Fréchet and kernel distance. Octaves, finest first, "
               "and what is said of nuclei: synthetic over real.", ""]  # fmt: skip
     if spread:
         lines += ["## Two seeds of one reference", "", *diversity(spread), "",
-                  "Distances of tiles at the same place, in units of their spread over the training data.", ""]  # fmt: skip
+                  "Distances: of tiles at one place, in units of their spread over the training data.", ""]  # fmt: skip
     (arguments.work / "sweeps.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
