@@ -303,7 +303,7 @@ def main(arguments: argparse.Namespace) -> None:
     for sweep, some in sweeps.items():
         lines += [f"## {sweep.capitalize()}", "", *quality({one: found[one] for one in some}, name), ""]
     lines += ["In brackets: the floor, real against real. Seconds: median, from the embeddings to the last pixel, while "
-              f"up to {arguments.workers} processes judge. FD, KID: Fréchet and kernel distance. Octaves, finest first, "
+              f"{arguments.workers} processes judge beside it. FD, KID: Fréchet and kernel distance. Octaves, finest first, "
               "and what is said of nuclei: synthetic over real.", ""]  # fmt: skip
     if spread:
         lines += ["## Two seeds of one reference", "", *diversity(spread), "",
