@@ -302,9 +302,9 @@ def main(arguments: argparse.Namespace) -> None:
     ]  # fmt: skip
     for sweep, some in sweeps.items():
         lines += [f"## {sweep.capitalize()}", "", *quality({one: found[one] for one in some}, name), ""]
-    lines += ["In brackets: the floor, real against real. Seconds: median, from the embeddings to the last pixel, while "
-              f"{arguments.workers} processes judge beside it. FD, KID: Fréchet and kernel distance. Octaves, finest first, "
-              "and what is said of nuclei: synthetic over real.", ""]  # fmt: skip
+    lines += ["In brackets: the floor, real against real. Seconds: median, from the embeddings to the last pixel; "
+              f"{arguments.workers} processes judge beside it. FD, KID: Fréchet and kernel distance. Octaves, finest "
+              "first, and what is said of nuclei: synthetic over real.", ""]  # fmt: skip
     if spread:
         lines += ["## Two seeds of one reference", "", *diversity(spread), "",
                   "Distances: of tiles at one place, in units of their spread over the training data.", ""]  # fmt: skip
