@@ -236,7 +236,8 @@ def diversity(found: dict[float, dict[str, Any]]) -> list[str]:
 
 def main(arguments: argparse.Namespace) -> None:
     """Paint, judge, write."""
-    brush, device = load_brush(arguments.brush), find_device(arguments.device)
+    device = find_device(arguments.device)
+    brush = load_brush(arguments.brush).on(device)
     name, size = brush.about["encoder"], arguments.size
     encoder = load_encoder(name, device=arguments.device)
     places = squares(held_out(read_config(arguments.recipe).data, arguments.slides, least=size), brush, size)
