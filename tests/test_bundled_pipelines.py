@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import make_brush, make_maps
 
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.grid import Grid
@@ -31,7 +32,7 @@ SIZE = 512
 def pipelines() -> Iterator[dict[str, ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(PIPELINE))  # as Python does for a script; workers are given it too
-        yield {name: importlib.import_module(name) for name in ("held_out", "sweeps", "blind_sheet")}
+        yield {name: importlib.import_module(name) for name in ("held_out", "sweeps", "blind_sheet", "between")}
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +178,76 @@ def test_a_sheet_of_what_was_trained_on_is_refused(
     (tmp_path / "other.toml").write_text(RECIPE.replace("0.4", "0.9"), encoding="utf-8")
     with pytest.raises(UsageError, match=r"tissue\.ome\.zarr: begins at column \d+, and 922 are trained on"):
         pipelines["blind_sheet"].opened(tmp_path / "other.toml", asked.slides, painting.parent)
+
+
+# between ----------------------------------------------------------------------------------------------
+
+
+def test_a_passage_begins_at_the_one_and_ends_at_the_other(
+    swept: dict[str, Any], pipelines: dict[str, ModuleType], asked: argparse.Namespace, tissue_slide: Path
+) -> None:
+    """Between the made slide and a painting after its held-out part: two references, one of another size."""
+    from PIL import Image
+
+    (painting,) = asked.work.glob("*/steps2-guidance2-seed0/*.ome.zarr")
+    target = asked.work / "between.png"
+    given = argparse.Namespace(
+        slides=[f"{tissue_slide}@0.5", str(painting)], out=target, brush="bundled", device="cpu", size=256, seed=0,
+        steps=2,
+    )  # fmt: skip
+    pipelines["between"].main(given)
+    said = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
+    assert said["synthetic"] is True
+    assert len(said["passage"]) == 2
+    assert len(said["real"]) == 2
+    with Image.open(target) as picture:
+        assert picture.info["Comment"] == pipelines["between"].MARK
+        assert picture.size == (256, 256 + pipelines["between"].HEAD)
+    with pytest.raises(RefusedError, match=r"between\.png: exists"):
+        pipelines["between"].main(given)
+
+
+def test_embeddings_turn_at_an_even_pace_and_keep_their_length(pipelines: dict[str, ModuleType]) -> None:
+    one, other = np.zeros((1, 5, 3), np.float32), np.zeros((1, 5, 3), np.float32)
+    one[..., 0], other[..., 1] = 2, 4
+    one[0, 1], other[0, 3] = np.nan, np.nan
+    found = pipelines["between"].slerp(one, other, np.array([0, 0.25, 0.5, 0.75, 1]))[0]
+    half = 3 / np.sqrt(2)
+    expected = [[2, 0, 0], [0, 4, 0], [half, half, 0], [2, 0, 0], [0, 4, 0]]  # where one is absent, the other alone
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_maps_between_two_are_theirs_at_the_borders(pipelines: dict[str, ModuleType]) -> None:
+    canvas, dim = Grid(0.5, 0, 0, 128, 1024), 6
+    brush = make_brush(dim=dim, tile=128)
+    brush.about["embeddings"]["0.5"] = {"mean": [1.0] * dim, "std": [2.0] * dim}
+    one, other = (make_maps(canvas, dim=dim, tile=128, seed=seed) for seed in (1, 2))
+    for maps, ends in ((one, 1.0), (other, -3.0)):  # there in both, whatever chance left out
+        maps[0.5].values[0, [0, -1]] = ends
+        maps[8.0].values[:] = ends + np.arange(dim)
+    found = pipelines["between"].between(one, other, canvas, brush)
+    assert list(found) == [0.5, 2.0, 8.0]
+    row, near, far = (maps[0.5].values[0].astype(float) for maps in (found, one, other))
+    present = ~np.isnan(near).any(1) & ~np.isnan(far).any(1)
+    apart = [np.linalg.norm(row - side, axis=1) for side in (near, far)]
+    share = apart[0] / (apart[0] + apart[1])
+    assert share[0] < 0.15
+    assert share[-1] > 0.85
+    assert present[1:-1].any()
+    assert (np.abs(share[1:-1][present[1:-1]] - 0.5) < 0.35).all()
+    assert np.array_equal(np.isnan(row).any(1), np.isnan(near).any(1) & np.isnan(far).any(1))
+    # one cell of 8 µm is wider than the canvas: what lies under it is as much of the one as of the other
+    middle, *sides = (maps[8.0].values[0, 0].astype(float) for maps in (found, one, other))
+    turns = [middle @ side / np.linalg.norm(middle) / np.linalg.norm(side) for side in sides]
+    assert turns[0] == pytest.approx(turns[1], abs=1e-4)
+    assert turns[0] < 0.99
+
+
+def test_a_border_is_the_line_that_stands_out(pipelines: dict[str, ModuleType]) -> None:
+    pixels = np.random.default_rng(0).integers(100, 140, (200, 300, 3), np.uint8)
+    plain = pipelines["between"].borders(pixels)
+    pixels[:, 137:] += 60
+    found = pipelines["between"].borders(pixels)
+    assert plain["largest"] < 1.2
+    assert found["at"] == 137
+    assert found["largest"] == found["middle"] > 3
