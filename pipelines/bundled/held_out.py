@@ -8,19 +8,47 @@ every figure of `wsi-brush evaluate`, of those regions alone. Killed, the same c
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 from wsi_brush.brush import load_brush
 from wsi_brush.encoder import load_encoder
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.machine import keep_memory
 from wsi_brush.paint import Painting
-from wsi_brush.recipe import read_config
+from wsi_brush.recipe import Data, read_config
 from wsi_brush.report import write_report
 from wsi_brush.sides import open_sides
-from wsi_brush.slide import open_slide
+from wsi_brush.slide import Slide, open_slide
 from wsi_brush.synthesize import synthesize_slide
 
 MPP, LEAST = 0.5, 1024
+
+
+class HeldOut(NamedTuple):
+    """What a recipe leaves of a slide: `region` is (top, left, height, width) in level-0 pixels."""
+
+    slide: Slide
+    region: tuple[int, int, int, int]
+    assume_mpp: float | None
+
+
+def held_out(data: Data, slides: Path, *, least: int = LEAST) -> list[HeldOut]:
+    """The part of every slide that was not trained on, where it is at least `least` pixels a side at MPP."""
+    found = []
+    for source in data.sources(slides):
+        slide = open_slide(slides / source.path, assume_mpp=source.assume_mpp)
+        first = -int(-slide.grid.width * data.until // 1)  # the first column that was not trained on
+        region = (0, first, slide.grid.height, slide.grid.width - first)
+        if min(region[2:]) * slide.mpp < least * MPP:
+            print(f"{slide.path.name}: too small")
+            continue
+        found.append(HeldOut(slide, region, source.assume_mpp))
+    return found
+
+
+def target_of(slide: Slide, folder: Path) -> Path:
+    """Where the painting after a slide is."""
+    return folder / f"{slide.path.stem}.ome.zarr"
 
 
 def main() -> None:
@@ -35,18 +63,12 @@ def main() -> None:
     encoder = load_encoder(brush.about["encoder"])
     arguments.work.mkdir(parents=True, exist_ok=True)
     real, painted = [], []
-    for source in data.sources(arguments.slides):
-        slide = open_slide(arguments.slides / source.path, assume_mpp=source.assume_mpp)
-        first = -int(-slide.grid.width * data.until // 1)  # the first column that was not trained on
-        region = (0, first, slide.grid.height, slide.grid.width - first)
-        if min(region[2:]) * slide.mpp < LEAST * MPP:
-            print(f"{slide.path.name}: too small")
-            continue
-        target = arguments.work / f"{slide.path.stem}.ome.zarr"
+    for slide, region, assume_mpp in held_out(data, arguments.slides):
+        target = target_of(slide, arguments.work)
         if not target.exists():
             done = synthesize_slide(
                 slide.path, target, Painting(region=region, mpp=MPP), brush=brush, encoder=encoder,
-                assume_mpp=source.assume_mpp,
+                assume_mpp=assume_mpp,
             )  # fmt: skip
             print(f"{target.name}: {done.shape[0]} x {done.shape[1]} in {done.seconds:.0f} s", flush=True)
         real.append(slide)
