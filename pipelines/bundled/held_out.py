@@ -3,7 +3,8 @@
     python pipelines/bundled/held_out.py pipelines/bundled/brush.toml --slides DATA/slides --work WORK [--brush FOLDER]
 
 Writes WORK/NAME.ome.zarr for every quarter that is at least 1024 pixels wide at 0.5 µm, and WORK/report (report.html):
-every figure of `wsi-brush evaluate`, of those regions alone. Killed, the same command goes on.
+every figure of `wsi-brush evaluate`, of those regions alone, in the space of the brush's own encoder and of every
+`--judge` beside it (one that the brush never saw: judge.toml). Killed, the same command goes on.
 """
 
 import argparse
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--slides", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--brush", default="bundled")
+    parser.add_argument("--judge", nargs="+", default=[], help="further encoders: names, or local safetensors files")
     arguments = parser.parse_args()
     keep_memory()
     brush, data = load_brush(arguments.brush), read_config(arguments.recipe).data
@@ -74,7 +76,8 @@ def main() -> None:
         real.append(slide)
         painted.append(target)
     sides = open_sides(real, painted)
-    figures = evaluate_slides(sides, encoders=[encoder])
+    judges = [encoder, *map(load_encoder, arguments.judge)]
+    figures = evaluate_slides(sides, encoders=judges)
     write_report(arguments.work / "report", sides, figures, overwrite=True)
     print(arguments.work / "report" / "report.html")
 

@@ -195,6 +195,7 @@ def quality(found: dict[str, dict[str, Any]], encoder: str) -> list[str]:
         "FD 0.5 µm",
         "KID 0.5 µm",
         "KID 2 µm",
+        "FD 8 µm",
         "KID 8 µm",
         "cosine 0.5 µm",
         "cosine 2 µm",
@@ -210,8 +211,8 @@ def quality(found: dict[str, dict[str, Any]], encoder: str) -> list[str]:
         cosines = [control["cosine"].get(mpp, {}).get("mean") for mpp in ("0.5", "2")]
         top = control.get("retrieval", {})
         ratios = figures["texture"].get("octaves", {}).get("ratio", [])[:2]
-        cells = [number(scales.get("0.5", {}).get("frechet"))]
-        cells += [number(scales.get(mpp, {}).get("kernel")) for mpp in ("0.5", "2", "8")]
+        wanted = (("0.5", "frechet"), ("0.5", "kernel"), ("2", "kernel"), ("8", "frechet"), ("8", "kernel"))
+        cells = [number(scales.get(mpp, {}).get(figure)) for mpp, figure in wanted]
         cells += [f"{one:.3f}" if one is not None else "–" for one in cosines]
         cells.append(f"{100 * top['top1']:.0f} % of {top['regions']}" if "top1" in top else "–")
         cells.append(" ".join("–" if one is None else f"{one:.2f}" for one in ratios) or "–")
