@@ -109,7 +109,7 @@ def trained_part(pictures: list[Picture], names: list[str], side: int, step: int
         picture = next(picture for picture in pictures if picture.slide == name)
         found = picture.tiles(side, 0.3, columns=slice(0, picture.cut), step=step)
         chosen = found[random.permutation(len(found))[:MOST]]
-        rgb += [picture.crop(top, left, side, averaged=False) for top, left in chosen]
+        rgb += [picture.rgb[top : top + side, left : left + side] for top, left in chosen]
         slide += [index] * len(chosen)
     return Tiles(np.stack(rgb), np.array(slide), np.zeros(len(slide), np.int64))
 
