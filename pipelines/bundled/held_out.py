@@ -4,7 +4,8 @@
 
 Writes WORK/NAME.ome.zarr for every quarter that is at least 1024 pixels wide at 0.5 µm, and WORK/report (report.html):
 every figure of `wsi-brush evaluate`, of those regions alone, in the space of the brush's own encoder and of every
-`--judge` beside it (one that the brush never saw: judge.toml). Killed, the same command goes on.
+`--judge` beside it (one that the brush never saw: judge.toml). `--copies` searches what was trained on for copies.
+Killed, the same command goes on.
 """
 
 import argparse
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--brush", default="bundled")
     parser.add_argument("--judge", nargs="+", default=[], help="further encoders: names, or local safetensors files")
+    parser.add_argument("--copies", action="store_true")
     arguments = parser.parse_args()
     keep_memory()
     brush, data = load_brush(arguments.brush), read_config(arguments.recipe).data
@@ -77,7 +79,9 @@ def main() -> None:
         painted.append(target)
     sides = open_sides(real, painted)
     judges = [encoder, *map(load_encoder, arguments.judge)]
-    figures = evaluate_slides(sides, encoders=judges)
+    known = [open_slide(arguments.slides / source.path, assume_mpp=source.assume_mpp)
+             for source in data.sources(arguments.slides) if arguments.copies]  # fmt: skip
+    figures = evaluate_slides(sides, encoders=judges, training=known, trained_until=data.until)
     write_report(arguments.work / "report", sides, figures, overwrite=True)
     print(arguments.work / "report" / "report.html")
 
