@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from wsi_brush import __version__
+from wsi_brush.baselines.patches import slerp
 from wsi_brush.brush import Brush, load_brush
 from wsi_brush.commit import write_json
 from wsi_brush.embed import embed_region
@@ -95,25 +97,14 @@ def between(
         )  # the parts of cells there
         share = ((edges[1:] + edges[:-1]) / 2 - left) / (right - left)
         start, end = (brush.standardised(mpp, side.values.astype(np.float32)) for side in (first, second))
-        values = slerp(start, end, share)
+        values = np.where(np.isnan(start), end, start)  # where one shows no tissue, the other alone
+        both = np.isfinite(start[..., 0]) & np.isfinite(end[..., 0])
+        shares = np.broadcast_to(share.astype(np.float32), both.shape)[both]
+        values[both] = slerp(*(torch.from_numpy(one) for one in (start[both], end[both], shares))).numpy()
         moments = brush.about["embeddings"][f"{mpp:g}"]
         mean, std = (np.asarray(moments[name], np.float32) for name in ("mean", "std"))
         found[mpp] = EmbeddingMap(mpp, lattice, (values * std + mean).astype(np.float32))
     return found
-
-
-def slerp(one: NDArray[Any], other: NDArray[Any], share: NDArray[np.float64]) -> NDArray[np.float32]:
-    """From one (rows, columns, dim) to the other by a share for each column: the direction turns at an even pace
-    (Shoemake 1985), the length goes linearly, so that between two there is no paler mean of both. Where one is NaN, the
-    other alone."""
-    part = share[None, :, None]
-    lengths = [np.maximum(np.linalg.norm(side, axis=-1, keepdims=True), 1e-12) for side in (one, other)]
-    cosine = np.clip((one / lengths[0] * (other / lengths[1])).sum(-1, keepdims=True), -1 + 1e-6, 1 - 1e-6)
-    angle = np.arccos(cosine)
-    turned = np.sin((1 - part) * angle) * (one / lengths[0]) + np.sin(part * angle) * (other / lengths[1])
-    both = turned / np.sin(angle) * ((1 - part) * lengths[0] + part * lengths[1])
-    alone = np.where(np.isnan(one), other, one)
-    return np.asarray(np.where(np.isnan(one) | np.isnan(other), alone, both), np.float32)
 
 
 def borders(pixels: NDArray[np.uint8]) -> dict[str, float]:
