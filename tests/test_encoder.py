@@ -243,9 +243,6 @@ def test_the_bundled_encoder_tells_colours_apart() -> None:
     assert likeness((PINK, 8), (PINK, 8)) > likeness((PINK, 8), (GREY, 8)) + 0.1
 
 
-@pytest.mark.xfail(
-    reason="this encoder weighs colour far more than texture: its card, 'It sees colour more than layout'"
-)
 def test_the_bundled_encoder_tells_textures_of_one_colour_apart() -> None:
     assert likeness((PINK, 8), (PINK, 8)) > likeness((PINK, 8), (PINK, 2)) + 0.1
 
