@@ -43,6 +43,15 @@ def made_brush() -> Brush:
     return Brush(denoiser, Ladder((0.5, 1.0, 2.0), (0.1, 0.08), tolerance=0.05), about)
 
 
+def test_embeddings_go_no_further_than_the_limit_the_brush_was_trained_with() -> None:
+    brush = made_brush()
+    values = np.array([[3.0, 1.0, -7.0, 0.5], [-1.0, 21.0, -2.0, 90.0]], np.float32)
+    expected = np.array([[3.0, 0.0, -10.0, 0.0], [-1.0, 10.0, 0.0, 895.0]])
+    np.testing.assert_allclose(brush.standardised(2.0, values), expected, rtol=1e-5)  # of before 0.7.0: none
+    brush.about["embeddings"]["2"]["limit"] = 4.0
+    np.testing.assert_allclose(brush.standardised(2.0, values), expected.clip(-4, 4), rtol=1e-5)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     save_brush(made_brush(), tmp_path / "brush")

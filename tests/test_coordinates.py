@@ -16,6 +16,7 @@ from wsi_brush.commit import read_manifest, verify
 from wsi_brush.condition import ConditionMap
 from wsi_brush.coordinates import (
     LADDER,
+    LIMIT,
     TRAIN_UNTIL,
     CoordinateSampler,
     Packed,
@@ -90,6 +91,7 @@ def test_moments_are_those_of_the_embeddings(built: Path) -> None:
         moments = pack.about["embeddings"][f"{pitch:g}"]
         np.testing.assert_allclose(moments["mean"], present.mean(0), atol=1e-5)
         np.testing.assert_allclose(moments["std"], np.maximum(present.std(0), 1e-4), atol=2e-5)
+        assert moments["limit"] == LIMIT
 
 
 def test_embeddings_are_those_of_the_tiles(built: Path) -> None:

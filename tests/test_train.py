@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -541,11 +542,15 @@ def test_a_batch_is_a_function_of_its_generator(pack: TrainingPack) -> None:
 
 def test_conditions_are_standardised_and_absent_as_the_brush_reads_them(pack: TrainingPack) -> None:
     scenes = CoordinateSampler(pack, shares=(1, 0, 0, 0, 0), sizes=(128,) * 5, window=32, points=4).draw(0, 3)
-    maps: list[ConditionMap] = conditions(scenes, pack.about)
+    about = copy.deepcopy(pack.about)
+    for moments in about["embeddings"].values():
+        moments["limit"] = 0.5  # so that it is reached
+    maps: list[ConditionMap] = conditions(scenes, about)
     assert [lattice.cell for lattice in maps] == [32.0, 128.0, 512.0]
+    assert max(float(lattice.values.abs().max()) for lattice in maps) == 0.5
     for lattice, (pitch, (values, present, corner, _)) in zip(maps, sorted(scenes.maps.items()), strict=True):
         moments = pack.about["embeddings"][f"{pitch:g}"]
-        expected = (values.numpy() - moments["mean"]) / moments["std"] * present.numpy()[..., None]
+        expected = ((values.numpy() - moments["mean"]) / moments["std"]).clip(-0.5, 0.5) * present.numpy()[..., None]
         np.testing.assert_allclose(lattice.values.numpy(), expected, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal(lattice.present.numpy(), present)
         np.testing.assert_array_equal(lattice.corner.numpy(), corner)

@@ -109,10 +109,12 @@ class Brush:
         return Tissue.everywhere(slide.grid.at(PITCH)) if self.everywhere else find_tissue(slide)
 
     def standardised(self, mpp: float, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embeddings (..., dim) of a pitch in units of their spread over the training data."""
+        """Embeddings (..., dim) of a pitch in units of their spread over the training data, within the `limit` that it
+        was trained with (brushes before 0.7.0: none)."""
         moments = self.about["embeddings"][f"{mpp:g}"]
         mean, std = (np.asarray(moments[name], np.float32) for name in ("mean", "std"))
-        return (values - mean) / std
+        limit = np.float32(moments.get("limit", np.inf))
+        return np.asarray(np.clip((values - mean) / std, -limit, limit), np.float32)
 
     def condition(self, maps: Mapping[float, EmbeddingMap], canvas: Grid, pitch: float) -> list[ConditionMap]:
         """Embedding maps as the denoiser reads them on a canvas: one scene, in pixels of `pitch` µm from its corner; on

@@ -39,6 +39,9 @@ LADDER = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Pitches of the ladder, µm."""
 TRAIN_UNTIL = 0.75
 """Part of a slide's width that is trained on; what lies right of it is held out."""
+LIMIT = 5.0
+"""How far a standardised number of an embedding may go. A number that is nearly the same on all slides of a pack can be
+hundreds of spreads away on another slide; a brush would be asked for what it has never seen."""
 Symmetries = Literal["square", "mirror", "none"]
 """What scenes are turned by: all eight symmetries of the square, left and right exchanged, or nothing."""
 _TURNS: dict[Symmetries, int] = {"square": 7, "mirror": 2, "none": 0}  # bits of `turned`
@@ -153,12 +156,12 @@ class _Moments:
     def details(self) -> list[float]:
         return [max(round(float(math.sqrt(total / max(count, 1))), 5), 1e-4) for total, count in self._detail]
 
-    def embeddings(self) -> dict[str, dict[str, list[float]]]:
+    def embeddings(self) -> dict[str, dict[str, list[float] | float]]:
         found = {}
         for mpp, (total, squares, count) in self._sums.items():
             mean = total / max(count, 1)
             spread = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 1e-8))
-            found[f"{mpp:g}"] = {"mean": mean.round(5).tolist(), "std": spread.round(5).tolist()}
+            found[f"{mpp:g}"] = {"mean": mean.round(5).tolist(), "std": spread.round(5).tolist(), "limit": LIMIT}
         return found
 
 

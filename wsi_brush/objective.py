@@ -104,7 +104,8 @@ def conditions(scenes: Scenes, about: dict[str, Any]) -> list[ConditionMap]:
     for mpp, (values, present, corner, cell) in sorted(scenes.maps.items()):
         moments = about["embeddings"][f"{mpp:g}"]
         mean, std = (torch.tensor(moments[name], device=values.device) for name in ("mean", "std"))
-        standard = (values - mean) / std
+        limit = moments.get("limit", math.inf)
+        standard = ((values - mean) / std).clamp(-limit, limit)
         maps.append(ConditionMap(standard * present[..., None], present, corner, cell))
     return maps
 
