@@ -39,7 +39,7 @@ LADDER = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Pitches of the ladder, µm."""
 TRAIN_UNTIL = 0.75
 """Part of a slide's width that is trained on; what lies right of it is held out."""
-LIMIT = 5.0
+LIMIT = 3.0
 """How far a standardised number of an embedding may go. A number that is nearly the same on all slides of a pack can be
 hundreds of spreads away on another slide; a brush would be asked for what it has never seen."""
 Symmetries = Literal["square", "mirror", "none"]

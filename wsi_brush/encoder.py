@@ -33,6 +33,8 @@ from .errors import MachineError, RefusedError, UsageError, WsiBrushError
 from .machine import find_device
 
 BUNDLED = Path(__file__).parent / "weights" / "encoder.safetensors"
+JUDGE = BUNDLED.with_name("judge.safetensors")
+"""Another small encoder, which no bundled brush is conditioned on, to judge their paintings with."""
 MICRO_BATCH = 32
 """Tiles seen at once, always: an embedding then never depends on which tiles came along."""
 
@@ -121,7 +123,7 @@ class Encoder:
 
 
 def load_encoder(name: str = "bundled", *, device: str = "cpu") -> Encoder:
-    """Load the encoder called `bundled`, `timm:NAME`, `hf-hub:ORG/NAME[@REVISION]` or `PATH.safetensors`.
+    """Load the encoder called `bundled`, `judge`, `timm:NAME`, `hf-hub:ORG/NAME[@REVISION]` or `PATH.safetensors`.
 
     Only `timm:` and `hf-hub:` may use the network, and only for what is not in the Hugging Face cache.
 
@@ -131,10 +133,11 @@ def load_encoder(name: str = "bundled", *, device: str = "cpu") -> Encoder:
         RefusedError: if weights are damaged, pickled, or do not fit their description.
     """
     find_device(device)  # before minutes of downloading
-    if name == "bundled":
-        if not BUNDLED.is_file():
-            raise MachineError(f"{BUNDLED}: the bundled encoder is missing; install wsi-brush again")
-        return _load_file(BUNDLED, name=name, device=device)
+    if name in ("bundled", "judge"):
+        path = BUNDLED if name == "bundled" else JUDGE
+        if not path.is_file():
+            raise MachineError(f"{path}: it should be bundled and is missing; install wsi-brush again")
+        return _load_file(path, name=name, device=device)
     if name.startswith("timm:"):
         return _load_timm(name, name.removeprefix("timm:"), device=device)
     if name.startswith("hf-hub:"):
@@ -143,7 +146,7 @@ def load_encoder(name: str = "bundled", *, device: str = "cpu") -> Encoder:
         if not Path(name).is_file():
             raise UsageError(f"{name}: no such file; expected the weights of an encoder")
         return _load_file(Path(name), name=None, device=device)
-    raise UsageError(f"{name!r} is no encoder; expected bundled, timm:NAME, hf-hub:ORG/NAME or PATH.safetensors")
+    raise UsageError(f"{name!r} is no encoder; expected bundled, judge, timm:NAME, hf-hub:ORG/NAME or PATH.safetensors")
 
 
 # a file and its description -----------------------------------------------------------------------
