@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from wsi_brush.commit import sha256_of
-from wsi_brush.encoder import BUNDLED, MICRO_BATCH, ConvolutionalStem, Encoder, load_encoder
+from wsi_brush.encoder import BUNDLED, JUDGE, MICRO_BATCH, ConvolutionalStem, Encoder, load_encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
 
 SIDE = 48
@@ -225,14 +225,16 @@ def test_the_bundled_encoder_is_small_and_loads() -> None:
     assert encoder(tiles(1, encoder.tile)).shape == (1, encoder.dim)
 
 
-def likeness(one: tuple[tuple[int, int, int], int], other: tuple[tuple[int, int, int], int]) -> float:
-    """Cosine of the bundled encoder's embeddings of two synthetic tiles: (colour of the ground, px a cell)."""
+def likeness(
+    one: tuple[tuple[int, int, int], int], other: tuple[tuple[int, int, int], int], encoder: str = "bundled"
+) -> float:
+    """Cosine of an encoder's embeddings of two synthetic tiles: (colour of the ground, px a cell)."""
     spots = []
     for seed, (colour, coarseness) in enumerate((one, other)):
         cells = np.random.default_rng(seed).random((128 // coarseness, 128 // coarseness)) < 0.3
         cover = np.kron(cells, np.ones((coarseness, coarseness)))[..., None]
         spots.append((cover * np.array([90, 40, 120]) + (1 - cover) * np.array(colour)).astype(np.uint8))
-    first, second = load_encoder()(np.stack(spots))
+    first, second = load_encoder(encoder)(np.stack(spots))
     return float(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
 
 
@@ -243,13 +245,24 @@ def test_the_bundled_encoder_tells_colours_apart() -> None:
     assert likeness((PINK, 8), (PINK, 8)) > likeness((PINK, 8), (GREY, 8)) + 0.1
 
 
+@pytest.mark.xfail(
+    reason="this encoder weighs colour far more than texture: its card, 'It sees colour more than layout'"
+)
 def test_the_bundled_encoder_tells_textures_of_one_colour_apart() -> None:
     assert likeness((PINK, 8), (PINK, 8)) > likeness((PINK, 8), (PINK, 2)) + 0.1
 
 
-def test_the_bundled_encoder_has_its_card() -> None:
-    card = BUNDLED.with_suffix(".md").read_text(encoding="utf-8")
-    for word in ("Balci", "CC BY 4.0", "not for diagnosis", sha256_of(BUNDLED)[:12]):
+def test_the_judge_tells_textures_and_colours_apart_and_is_another() -> None:
+    same = likeness((PINK, 8), (PINK, 8), "judge")
+    assert same > likeness((PINK, 8), (PINK, 2), "judge") + 0.1
+    assert same > likeness((PINK, 8), (GREY, 8), "judge") + 0.1
+    assert load_encoder("judge").fingerprint != load_encoder().fingerprint
+
+
+@pytest.mark.parametrize("weights", [BUNDLED, JUDGE])
+def test_what_is_bundled_has_its_card(weights: Path) -> None:
+    card = weights.with_suffix(".md").read_text(encoding="utf-8")
+    for word in ("Balci", "CC BY 4.0", "not for diagnosis", sha256_of(weights)[:12]):
         assert word in card
 
 

@@ -4,7 +4,7 @@
 
 Writes WORK/NAME.ome.zarr for every quarter that is at least 1024 pixels wide at 0.5 µm, and WORK/report (report.html):
 every figure of `wsi-brush evaluate`, of those regions alone, in the space of the brush's own encoder and of every
-`--judge` beside it (one that the brush never saw: judge.toml). `--copies` searches what was trained on for copies.
+`--judge` beside it (one that the brush never saw: `judge`). `--copies` searches what was trained on for copies.
 Killed, the same command goes on.
 """
 
