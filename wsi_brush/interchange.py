@@ -1,7 +1,7 @@
-"""A store of embeddings in the files that others read, and their embeddings as maps for a brush.
+"""A store of embeddings in the files that others read.
 
-    trident-h5  `features` (n, dim), `coords` (n, 2) as int64, x and y of a tile's corner in level-0 pixels, the attributes
-                of TRIDENT on `coords`; CLAM and what is built on either read the same keys
+    trident-h5  `features` (n, dim), `coords` (n, 2) as int64, x and y of a tile's corner in level-0 pixels, TRIDENT's
+                attributes on `coords`; CLAM and what is built on either read the same keys
     stamp-h5    `feats` (n, dim), `coords` (n, 2) in µm, the attributes of STAMP on the file
     anndata     X (n, dim), `obs` with the place of each tile, `obsm['spatial']` its centre in level-0 pixels
     parquet     a row a tile
@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,18 +26,15 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .commit import staged_file
-from .errors import MachineError, RefusedError, UsageError
+from .errors import MachineError, UsageError
 from .grid import Grid
 from .outlines import to_geojson
-from .store import EmbeddingMap, EmbeddingStore
+from .store import EmbeddingStore
 
 Format = Literal["trident-h5", "stamp-h5", "anndata", "parquet", "geojson"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-PITCH_TOLERANCE = 0.05
-"""How far the pitch of foreign tiles may be from the brush's: TRIDENT's are as nominal as its magnifications."""
 
 _ROWS = 512  # of a chunk
-_OFF = 0.01  # of a tile: how far from its cell on the lattice a corner may lie; STAMP's are float32
 # Magnification that TRIDENT gives a slide whose pixel is below so many µm; it knows no others.
 _NOMINAL = ((0.16, 80), (0.2, 60), (0.3, 40), (0.6, 20), (1.2, 10))
 
@@ -102,7 +99,7 @@ def tiles_of(store: EmbeddingStore, mpp: float = 0.5) -> Tiles:
         RefusedError: if it is damaged.
     """
     if mpp not in store.maps:
-        raise UsageError(f"{store.path}: no embeddings at {mpp:g} µm; --mpp may be {_listed(store.maps)}")
+        raise UsageError(f"{store.path}: no embeddings at {mpp:g} µm; --mpp may be {listed(store.maps)}")
     _check_about(store)
     one = store.maps[mpp]
     cells = np.argwhere(one.present).astype(np.int64)
@@ -130,7 +127,7 @@ def export_store(
 
     else:
         tiles, writer = tiles_of(store, mpp), _WRITERS[to]
-        libraries = {name: _library(name, to) for name in _LIBRARIES[to]}
+        libraries = {name: library(name, to) for name in _LIBRARIES[to]}
         count = len(tiles.values)
 
         def write(path: Path) -> None:
@@ -176,8 +173,8 @@ def _write_stamp(path: Path, tiles: Tiles, h5py: Any) -> None:
         file.attrs["tile_size_px"] = tiles.side
         file.attrs["extractor"] = tiles.facts["encoder"]
         file.attrs["feat_type"] = "tile"
-        # STAMP compares its own version with it and refuses files of later ones; what made this one is not STAMP.
-        file.attrs["stamp_version"] = "2.5.0"
+        # The first version with this layout: STAMP refuses files of versions later than itself.
+        file.attrs["stamp_version"] = "2.1.0"
         file.attrs["code_hash"] = tiles.facts["fingerprint"][:8]
         _finish(file, tiles)
 
@@ -240,7 +237,12 @@ def _whole(number: float) -> float | int:
     return round(number) if math.isclose(number, round(number), rel_tol=1e-9) else number
 
 
-def _library(name: str, to: str) -> Any:
+def library(name: str, to: str) -> Any:
+    """A library that only interchange needs.
+
+    Raises:
+        MachineError: if it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -255,8 +257,8 @@ def _is_ours(path: Path, to: Format) -> bool:
         if to == "geojson":
             return "wsi_brush" in json.loads(path.read_text(encoding="utf-8"))
         if to == "parquet":
-            return b"wsi_brush" in (_library("pyarrow.parquet", to).read_schema(path).metadata or {})
-        with _library("h5py", to).File(path, "r") as file:
+            return b"wsi_brush" in (library("pyarrow.parquet", to).read_schema(path).metadata or {})
+        with library("h5py", to).File(path, "r") as file:
             return "wsi_brush" in (file.get("uns", ()) if to == "anndata" else file.attrs)
     except (OSError, ValueError, TypeError):  # also what pyarrow raises of a foreign file
         return False
@@ -277,164 +279,6 @@ def _pixel(store: EmbeddingStore) -> tuple[float, float]:
     return float(height), float(width)
 
 
-def _listed(numbers: Iterable[float]) -> str:
+def listed(numbers: Iterable[float]) -> str:
+    """Numbers as a user writes them."""
     return ", ".join(f"{number:g}" for number in numbers)
-
-
-# -- read back -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """Embeddings that were read from a file: the map, and what the file says of it (weights: their SHA-256)."""
-
-    path: Path
-    map: EmbeddingMap
-    encoder: str
-    weights: str | None
-    synthetic: bool
-
-
-def read_h5(path: Path | str, *, slide_mpp: float | None = None) -> Foreign:
-    """The embeddings of an h5 of TRIDENT or STAMP, or one that was exported here, as a map.
-
-    `slide_mpp` is the side of a level-0 pixel, µm: TRIDENT's files do not say it.
-
-    Raises:
-        RefusedError: if the file is neither, or its tiles lie on no lattice: shifted, overlapping, doubled.
-        UsageError: if the pixel size is missing.
-        MachineError: if h5py is missing.
-    """
-    path, h5py = Path(path), _library("h5py", "reading h5")
-    try:
-        with h5py.File(path, "r") as file:
-            about = {name: _text(value) for name, value in file.attrs.items()}
-            name = "features" if "features" in file else "feats"
-            if name not in file or "coords" not in file:
-                raise RefusedError(
-                    f"{path}: holds {_named(file)}; expected features (or feats) and coords, a row a tile"
-                )
-            values, coords = np.asarray(file[name][()]), np.asarray(file["coords"][()], np.float64)
-            about |= {key: _text(value) for key, value in file["coords"].attrs.items()}
-            frame = json.loads(file["grid_ij"].attrs["lattice"]) if "grid_ij" in file else None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RefusedError(f"{path}: no HDF5 of embeddings that can be read ({error}); export it again") from None
-    values = values.reshape(values.shape[1:]) if values.ndim == 3 and len(values) == 1 else values
-    if values.ndim != 2 or coords.shape != (len(values), 2):
-        raise RefusedError(f"{path}: features of {values.shape} with coords of {coords.shape}; expected a row a tile")
-    if values.dtype not in (np.float16, np.float32):
-        values = values.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise RefusedError(f"{path}: features that are not finite; extract them again")
-    stamp = name == "feats"
-    pitch, side, unit = _stamp_pitch(path, about) if stamp else _trident_pitch(path, about, slide_mpp)
-    lattice = _map_lattice(path, coords * unit / pitch, pitch, frame)
-    cells = np.rint(coords[:, ::-1] * unit / pitch).astype(np.int64) - (lattice.top, lattice.left)
-    spread = np.full((*lattice.shape, values.shape[1]), np.nan, values.dtype)
-    spread[tuple(cells.T)] = values
-    weights = str(about["weights_sha256"]) if "weights_sha256" in about else None
-    encoder = str(about.get("encoder") or about.get("extractor") or "unknown")
-    return Foreign(path, EmbeddingMap(pitch / side, lattice, spread), encoder, weights, bool(about.get("synthetic")))
-
-
-def read_conditions(
-    paths: Iterable[Path | str],
-    *,
-    pitches: Sequence[float],
-    tile: int,
-    dim: int,
-    weights: str,
-    slide_mpp: float | None = None,
-    same_encoder: bool = False,
-) -> dict[float, EmbeddingMap]:
-    """The maps that a brush is to follow, one file a pitch: `Brush.condition` and `paint.paint_canvas` take them.
-
-    pitches (µm), tile (pixels), dim, weights (SHA-256 of the encoder's): of the brush. Files of others do not name the
-    weights that made them: with `same_encoder` the caller says that they are the brush's.
-
-    Raises:
-        UsageError: if a pitch is missing or there twice, or tile, dimension or encoder are not the brush's.
-        RefusedError, MachineError: as `read_h5`.
-    """
-    found: dict[float, EmbeddingMap] = {}
-    for path in paths:
-        one = read_h5(path, slide_mpp=slide_mpp)
-        lattice, place = one.map.lattice, f"{one.path}: embeddings of {one.encoder}"
-        near = [pitch for pitch in pitches if abs(one.map.mpp / pitch - 1) <= PITCH_TOLERANCE]
-        if not near:
-            raise UsageError(f"{place} at {one.map.mpp:.4g} µm; the brush follows tiles at {_listed(pitches)} µm")
-        if abs(lattice.mpp / (near[0] * tile) - 1) > PITCH_TOLERANCE:
-            side = round(lattice.mpp / one.map.mpp)
-            raise UsageError(
-                f"{place}, tiles of {side} pixels; the brush follows tiles of {tile}, one beside the other"
-            )
-        if one.map.dim != dim:
-            raise UsageError(f"{place}, {one.map.dim} numbers each; the brush follows {dim} numbers of its own encoder")
-        if one.weights is None and not same_encoder:
-            raise UsageError(f"{place}, whose weights it does not name; pass same_encoder=True if they are the brush's")
-        if one.weights not in (None, weights):
-            raise UsageError(
-                f"{place} ({str(one.weights)[:12]}); the brush follows an encoder of weights {weights[:12]}"
-            )
-        if near[0] in found:
-            raise UsageError(f"{place} at {near[0]:g} µm, which another file has already; give one file a pitch")
-        found[near[0]] = one.map
-    missing = [pitch for pitch in pitches if pitch not in found]
-    if missing:
-        raise UsageError(f"no file at {_listed(missing)} µm; the brush follows tiles at {_listed(pitches)} µm")
-    return found
-
-
-def _trident_pitch(path: Path, about: dict[str, Any], slide_mpp: float | None) -> tuple[float, int, float]:
-    """Side of a tile in µm and in pixels, and µm of a unit of its coords."""
-    if "patch_size" not in about or "patch_size_level0" not in about:
-        raise RefusedError(
-            f"{path}: coords do not say patch_size and patch_size_level0, as CLAM's do not; extract it with TRIDENT"
-        )
-    if about.get("overlap", 0):
-        raise RefusedError(f"{path}: tiles overlap by {about['overlap']} pixels; expected tiles side by side")
-    pixel = slide_mpp if slide_mpp is not None else about.get("mpp_x")
-    if pixel is None:
-        raise UsageError(f"{path}: does not say the slide's pixel size; pass it as slide_mpp (wsi-brush info SLIDE)")
-    side = int(about["patch_size"])
-    # Where the true pitch is known, the level-0 side is it, rounded.
-    pitch = float(about["target_mpp"]) * side if "target_mpp" in about else float(about["patch_size_level0"]) * pixel
-    return pitch, side, float(pixel)
-
-
-def _stamp_pitch(path: Path, about: dict[str, Any]) -> tuple[float, int, float]:
-    if about.get("unit") != "um" or "tile_size_um" not in about or "tile_size_px" not in about:
-        raise RefusedError(
-            f"{path}: does not say unit=um, tile_size_um and tile_size_px, as STAMP 2.1 and later do; extract it again"
-        )
-    return float(about["tile_size_um"]), int(about["tile_size_px"]), 1.0
-
-
-def _map_lattice(path: Path, corners: NDArray[np.float64], pitch: float, frame: Any) -> Grid:
-    """The lattice on which corners (n, 2), x and y in sides of a tile, are whole numbers."""
-    cells = np.rint(corners).astype(np.int64)
-    off = np.abs(corners - cells).max(initial=0)
-    if off > _OFF:
-        raise RefusedError(
-            f"{path}: a tile is {off:.2f} of its side off the lattice of its tiles from the slide's corner; expected "
-            "tiles side by side, as TRIDENT and STAMP cut them"
-        )
-    if len(np.unique(cells, axis=0)) != len(cells):
-        raise RefusedError(f"{path}: tiles lie on one another; expected each place once")
-    if frame is not None:
-        return Grid(pitch, *(int(frame[name]) for name in ("top", "left", "height", "width")))
-    if not len(cells):
-        return Grid(pitch, 0, 0, 0, 0)
-    (left, top), (right, bottom) = cells.min(0).tolist(), (cells.max(0) + 1).tolist()
-    return Grid(pitch, top, left, bottom - top, right - left)
-
-
-def _text(value: Any) -> Any:
-    """An attribute as plain Python has it."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _named(file: Any) -> str:
-    return ", ".join(sorted(file)[:6]) or "nothing"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SlideError, UsageError
+from .errors import SlideError
 from .tissue import PITCH, Tissue
 
 if TYPE_CHECKING:
@@ -115,16 +115,11 @@ def find_outlines(place: Path, name: str) -> Path:
     """The outlines of the slide called `name`: the file `place`, or NAME.geojson in the folder `place`.
 
     Raises:
-        UsageError: if there is neither file nor folder.
-        SlideError: if the folder has none for this slide.
+        SlideError: if there are none.
     """
-    if place.is_file():
-        return place
-    if not place.is_dir():
-        raise UsageError(f"{place}: no such file or folder; expected a GeoJSON, or a folder with one for each slide")
-    found = place / f"{name}.geojson"
+    found = place / f"{name}.geojson" if place.is_dir() else place
     if not found.is_file():
-        raise SlideError(f"{found}: not there; expected the tissue of this slide, draw it or leave --tissue out")
+        raise SlideError(f"{found}: no such file; expected the tissue of this slide, draw it or leave --tissue out")
     return found
 
 
