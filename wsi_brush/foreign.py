@@ -153,7 +153,7 @@ def _trident(path: Path, about: dict[str, Any], slide_mpp: float | None) -> _Sca
         )
     if about.get("overlap", 0):
         raise RefusedError(f"{path}: tiles overlap by {about['overlap']} pixels; expected tiles side by side")
-    pixel = (about.get("mpp_y"), about.get("mpp_x")) if slide_mpp is None else (slide_mpp, slide_mpp)
+    pixel: tuple[Any, Any] = (about.get("mpp_y"), about.get("mpp_x")) if slide_mpp is None else (slide_mpp, slide_mpp)
     if None in pixel:
         raise UsageError(f"{path}: does not say the slide's pixel size; pass it as slide_mpp (wsi-brush info SLIDE)")
     height, width = (float(length) for length in pixel)
@@ -182,7 +182,7 @@ def _cells(path: Path, corners: NDArray[np.float64], most: float) -> NDArray[np.
         )
     if len(np.unique(cells, axis=0)) != len(cells):
         raise RefusedError(f"{path}: tiles stand on one another; expected each place once")
-    return cells.astype(np.int64)
+    return np.asarray(cells, np.int64)
 
 
 def _around(cells: NDArray[np.int64], pitch: float) -> Grid:

@@ -1,4 +1,4 @@
-"""What something is: a slide, a store, a brush or a pyramid. Headers and manifests are read, no pixels and no weights."""
+"""What something is: a slide, a store, a brush or a pyramid. Read are headers and manifests, no pixels, no weights."""
 
 from __future__ import annotations
 

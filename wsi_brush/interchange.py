@@ -66,7 +66,7 @@ class Tiles:
     @property
     def corners(self) -> NDArray[np.float64]:
         """x and y of the upper left corners, µm: (n, 2)."""
-        return (self.cells[:, ::-1] + np.array((self.lattice.left, self.lattice.top))) * self.lattice.mpp
+        return np.asarray((self.cells[:, ::-1] + (self.lattice.left, self.lattice.top)) * self.lattice.mpp)
 
     @property
     def level0(self) -> NDArray[np.float64]:

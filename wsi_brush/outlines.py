@@ -99,7 +99,7 @@ def _closed(ring: Ring) -> list[list[float]]:
 def _corners(ring: Ring) -> Ring:
     """A ring without the points that lie on a straight line."""
     before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
-    return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
+    return np.asarray(ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]])
 
 
 def _area(ring: Ring) -> float:
@@ -172,6 +172,8 @@ def _polygons(path: Path) -> Iterator[list[Ring]]:
                 f"{path}: holds a {kind}; expected polygons and multipolygons, which have an area: export those alone"
             )
         for polygon in [coordinates] if kind == "Polygon" else coordinates:
+            if not isinstance(polygon, list) or not polygon:
+                raise SlideError(f"{path}: a polygon without a ring; export it again")
             yield [_ring(corners, path) for corners in polygon]
 
 
