@@ -179,17 +179,39 @@ def _write_stamp(path: Path, tiles: Tiles, h5py: Any) -> None:
         _finish(file, tiles)
 
 
-def _write_anndata(path: Path, tiles: Tiles, anndata: Any) -> None:
+def _write_anndata(path: Path, tiles: Tiles, h5py: Any) -> None:
+    """By its specification on disk (anndata 0.8 and later): the library itself keeps pandas at older versions."""
+    n, dim = tiles.values.shape
     (x_um, y_um), (x, y) = tiles.corners.T, np.rint(tiles.level0).astype(np.int64).T
     places = {"row": tiles.cells[:, 0], "column": tiles.cells[:, 1], "x": x, "y": y, "x_um": x_um, "y_um": y_um}
-    observations = anndata.AnnData(
-        tiles.values.astype(np.float32),
-        obs=places | {"synthetic": np.full(len(tiles.cells), tiles.synthetic)},
-        obsm={"spatial": (tiles.corners + tiles.lattice.mpp / 2) / tiles.pixel[::-1]},
-        uns={"wsi_brush": {**tiles.facts, "tile_um": tiles.lattice.mpp, "about": json.dumps(tiles.about)}},
-    )
-    observations.obs_names = [f"{row}_{column}" for row, column in tiles.cells.tolist()]
-    observations.write_h5ad(path)
+    names = [f"{row}_{column}" for row, column in tiles.cells.tolist()]
+    with h5py.File(path, "x") as file:
+        file.attrs.update(_encoding("anndata", "0.1.0"))
+        _put(file, "X", tiles.values.astype(np.float32), _encoding("array"))
+        _put_frame(file, "obs", names, places | {"synthetic": np.full(n, tiles.synthetic)}, h5py)
+        _put_frame(file, "var", [str(number) for number in range(dim)], {}, h5py)
+        for name in ("layers", "obsm", "obsp", "uns", "uns/wsi_brush", "varm", "varp"):
+            file.create_group(name).attrs.update(_encoding("dict", "0.1.0"))
+        _put(file, "obsm/spatial", (tiles.corners + tiles.lattice.mpp / 2) / tiles.pixel[::-1], _encoding("array"))
+        facts = {**tiles.facts, "tile_um": tiles.lattice.mpp, "about": json.dumps(tiles.about)}
+        for name, value in facts.items():
+            file[f"uns/wsi_brush/{name}"] = value
+            kind = "string" if isinstance(value, str) else "numeric-scalar"
+            file[f"uns/wsi_brush/{name}"].attrs.update(_encoding(kind))
+
+
+def _put_frame(file: Any, name: str, index: list[str], columns: dict[str, NDArray[Any]], h5py: Any) -> None:
+    """A table as AnnData keeps one: a group with a dataset a column."""
+    group, text = file.create_group(name), h5py.string_dtype()
+    group.attrs.update({**_encoding("dataframe"), "_index": "_index"})
+    group.attrs.create("column-order", list(columns), dtype=text, shape=(len(columns),))
+    group.create_dataset("_index", data=index, dtype=text, shape=(len(index),)).attrs.update(_encoding("string-array"))
+    for column, values in columns.items():
+        _put(group, column, values, _encoding("array"))
+
+
+def _encoding(kind: str, version: str = "0.2.0") -> dict[str, str]:
+    return {"encoding-type": kind, "encoding-version": version}
 
 
 def _write_parquet(path: Path, tiles: Tiles, pyarrow: Any, parquet: Any) -> None:
@@ -211,7 +233,7 @@ _WRITERS: dict[str, Callable[..., None]] = {
     "trident-h5": _write_trident, "stamp-h5": _write_stamp, "anndata": _write_anndata, "parquet": _write_parquet,
 }  # fmt: skip
 _LIBRARIES = {
-    "trident-h5": ("h5py",), "stamp-h5": ("h5py",), "anndata": ("anndata",), "parquet": ("pyarrow", "pyarrow.parquet"),
+    "trident-h5": ("h5py",), "stamp-h5": ("h5py",), "anndata": ("h5py",), "parquet": ("pyarrow", "pyarrow.parquet"),
 }  # fmt: skip
 
 
