@@ -166,8 +166,8 @@ def _write_trident(path: Path, tiles: Tiles, h5py: Any) -> None:
 
 def _write_stamp(path: Path, tiles: Tiles, h5py: Any) -> None:
     with h5py.File(path, "x") as file:
-        _put(file, "feats", tiles.values, {})
-        _put(file, "coords", tiles.corners.astype(np.float32), {})
+        _put(file, "feats", tiles.values, {"synthetic": tiles.synthetic})
+        _put(file, "coords", tiles.corners.astype(np.float32), {"synthetic": tiles.synthetic})
         file.attrs["unit"] = "um"
         file.attrs["tile_size_um"] = tiles.lattice.mpp
         file.attrs["tile_size_px"] = tiles.side
