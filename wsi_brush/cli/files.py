@@ -50,10 +50,13 @@ def info(
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,
     json_: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """What something is: a slide, a store, a brush or a pyramid, its sizes, and where it comes from."""
     with errors(debug):
         from ..info import describe
 
-        print_facts(describe(path, assume_mpp=assume_mpp, force_mpp=force_mpp), json_)
+        facts = describe(path, assume_mpp=assume_mpp, force_mpp=force_mpp)
+        if json_ or not quiet:
+            print_facts(facts, json_)
