@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import make_brush
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,7 +17,6 @@ from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.foreign import read_conditions, read_h5
 from wsi_brush.grid import Grid
 from wsi_brush.interchange import export_store
-from wsi_brush.paint import Painting, paint_canvas
 from wsi_brush.store import EmbeddingStore
 
 h5py = pytest.importorskip("h5py")
@@ -170,6 +167,11 @@ BRUSH: dict[str, Any] = {"pitches": PITCHES, "tile": TILE, "dim": DIM, "weights"
 
 
 def test_a_brush_paints_after_files_as_after_the_store(store: EmbeddingStore, tmp_path: Path) -> None:
+    import torch
+    from conftest import make_brush
+
+    from wsi_brush.paint import Painting, paint_canvas
+
     maps = read_conditions(exported(store, tmp_path), **BRUSH)
     brush, canvas = make_brush(dim=DIM, tile=TILE), Grid(0.5, 512, 512, 64, 64)
     painting = Painting(size=64, steps=5, progressive=True)

@@ -20,9 +20,6 @@ from wsi_brush.interchange import FORMATS, Format, export_store, nominal_magnifi
 from wsi_brush.store import EmbeddingMap, EmbeddingStore, write_store
 from wsi_brush.tissue import Tissue
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    anndata = pytest.importorskip("anndata")
 h5py, parquet = pytest.importorskip("h5py"), pytest.importorskip("pyarrow.parquet")
 
 DIM, TILE = 5, 128
@@ -61,6 +58,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
     return make_store(tmp_path_factory.mktemp("stores") / "painted.zarr", synthetic=True)
+
+
+def read_h5ad(path: Path) -> Any:
+    """With the library, where it is; it takes seconds to import and warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("anndata").read_h5ad(path)
 
 
 def expected(store: EmbeddingStore, mpp: float) -> list[tuple[int, int, Any]]:
@@ -121,7 +125,7 @@ def test_stamp_finds_its_keys(store: EmbeddingStore, tmp_path: Path) -> None:
 
 def test_anndata_has_places_and_embeddings(store: EmbeddingStore, tmp_path: Path) -> None:
     export_store(store, tmp_path / "a.h5ad", "anndata")
-    read = anndata.read_h5ad(tmp_path / "a.h5ad")
+    read = read_h5ad(tmp_path / "a.h5ad")
     tiles = expected(store, 0.5)
     assert read.shape == (len(tiles), DIM)
     assert np.array_equal(read.X, np.array([vector for *_, vector in tiles], np.float32))
@@ -174,7 +178,7 @@ def marks(path: Path, to: Format) -> list[bool]:
         table = parquet.read_table(path)
         return [json.loads(table.schema.metadata[b"wsi_brush"])["synthetic"], *table["synthetic"].to_pylist()]
     if to == "anndata":
-        read = anndata.read_h5ad(path)
+        read = read_h5ad(path)
         return [bool(read.uns["wsi_brush"]["synthetic"]), *map(bool, read.obs["synthetic"])]
     with h5py.File(path, "r") as file:
         about = [bool(file.attrs["synthetic"]), json.loads(file.attrs["wsi_brush"])["synthetic"]]

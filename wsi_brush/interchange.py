@@ -150,7 +150,7 @@ def _write_trident(path: Path, tiles: Tiles, h5py: Any) -> None:
     attributes = {
         "patch_size": tiles.side,
         "patch_size_level0": round(tiles.lattice.mpp / tiles.pixel[1]),
-        "level0_magnification": nominal_magnification(tiles.pixel[1]),
+        "level0_magnification": _whole(nominal_magnification(tiles.pixel[1])),
         "target_magnification": _whole(10 / tiles.mpp),
         "overlap": 0,
         "name": name,
