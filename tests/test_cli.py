@@ -204,14 +204,16 @@ class TestStart:
             ran = from_nothing(*arguments)
             assert ran.returncode == 0
             assert ran.stderr == ""
-            assert all(word in ran.stdout for word in ("embed", "synthesize", "train", "evaluate", "verify"))
+            assert all(
+                word in ran.stdout for word in ("embed", "synthesize", "train", "evaluate", "verify", "export", "info")
+            )
 
     def test_every_verb_has_its_help(self, words: Words) -> None:
-        for verb in ("embed", "synthesize", "train", "evaluate", "verify"):
+        for verb in ("embed", "synthesize", "train", "evaluate", "verify", "export", "info"):
             ran = words(verb, "--help")
             assert (ran.code, ran.err) == (0, "")
             assert all(option in ran.out for option in ("--json", "--quiet", "--debug"))
-            assert verb == "verify" or "--dry-run" in ran.out
+            assert verb in ("verify", "info") or "--dry-run" in ran.out
 
     def test_version(self, words: Words) -> None:
         assert words("--version") == Ran(0, f"{__version__}\n", "")

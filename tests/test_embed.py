@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from wsi_brush.embed import (
 )
 from wsi_brush.errors import MachineError, RefusedError, SlideError, UsageError
 from wsi_brush.grid import Grid
+from wsi_brush.interchange import export_store
 from wsi_brush.pyramid import Pyramid
 from wsi_brush.slide import Slide, open_slide
 from wsi_brush.store import EmbeddingStore
@@ -357,3 +360,57 @@ def test_the_bundled_encoder_tells_tissues_apart(slide: Slide) -> None:
     vectors = one.values[one.present].astype(np.float64)
     assert np.isfinite(vectors).all()
     assert vectors.std(axis=0).max() > 0
+
+
+def draw(path: Path, *squares: tuple[int, int, int, int]) -> Path:
+    """A GeoJSON of rectangles: top, left, bottom, right in level-0 pixels."""
+    rings = [[[left, top], [right, top], [right, bottom], [left, bottom]] for top, left, bottom, right in squares]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"type": "MultiPolygon", "coordinates": [[ring] for ring in rings]}))
+    return path
+
+
+def test_drawn_tissue_takes_the_place_of_what_is_found(picture: Path, tmp_path: Path) -> None:
+    drawn = draw(tmp_path / "drawn.geojson", (0, 0, 64, 128), (448, 576, 500, 640))  # on bare paper
+    options: dict[str, Any] = {"encoder": ColourEncoder(), "assume_mpp": 0.5}
+    report = embed_slide(picture, tmp_path / "out", outlines=drawn, **options)
+    store = EmbeddingStore.open(report.store)
+    assert store.tissue.mask.sum() == 4 * 8 + 3 * 4  # the centres of the last row of cells are off the slide
+    present = np.zeros((16, 20), np.bool_)
+    present[:2, :4] = present[14:, 18:] = True
+    assert np.array_equal(store.maps[0.5].present, present)
+    assert embed_slide(picture, tmp_path / "out", outlines=drawn, **options).status == "unchanged"
+    with pytest.raises(RefusedError, match=r"tissue_rules was outlines [0-9a-f]{16}, is 1"):
+        embed_slide(picture, tmp_path / "out", **options)
+    draw(drawn, (0, 0, 64, 64))
+    with pytest.raises(RefusedError, match=r"tissue_rules was outlines"):
+        embed_slide(picture, tmp_path / "out", outlines=drawn, **options)
+
+
+def test_exported_tissue_comes_in_again(picture: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"encoder": ColourEncoder(), "assume_mpp": 0.5}
+    found = EmbeddingStore.open(embed_slide(picture, tmp_path / "found", **options).store)
+    (tmp_path / "tissue").mkdir()
+    export_store(found, tmp_path / "tissue" / "a.geojson", "geojson")
+    drawn = EmbeddingStore.open(embed_slide(picture, tmp_path / "drawn", outlines=tmp_path / "tissue", **options).store)
+    assert np.array_equal(drawn.tissue.mask, found.tissue.mask)
+    for mpp in PITCHES:
+        assert np.array_equal(drawn.maps[mpp].values, found.maps[mpp].values, equal_nan=True)
+
+
+def test_a_folder_of_outlines_has_one_for_each_slide(picture: Path, tmp_path: Path) -> None:
+    paint(picture.parent / "b.png", seed=2)
+    paint(picture.parent / "c.png", seed=3)
+    drawn = tmp_path / "tissue"
+    draw(drawn / "a.geojson", (0, 0, 64, 64))
+    (drawn / "c.geojson").write_text("nonsense")
+    options: dict[str, Any] = {"encoder": ColourEncoder(), "assume_mpp": 0.5}
+    reports = embed_slides([picture.parent], tmp_path / "out", outlines=drawn, **options)
+    assert [report.status for report in reports] == ["done", "failed", "failed"]
+    assert "b.geojson: no such file" in reports[1].message
+    assert "c.geojson: no GeoJSON" in reports[2].message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.zarr"]
+    with pytest.raises(UsageError, match="the tissue of one slide, for 3"):
+        embed_slides([picture.parent], tmp_path / "out", outlines=drawn / "a.geojson", **options)
+    with pytest.raises(UsageError, match="no such file or folder"):
+        embed_slides([picture], tmp_path / "out", outlines=tmp_path / "absent", **options)

@@ -14,9 +14,12 @@ The modules, in the order of the data; a module imports only what stands above i
     grid          Grid: a rectangle of pixels on the plane, in µm
     slide         Slide, open_slide: a colour at every point
     tissue        Tissue, find_tissue: where there is something to look at
+    outlines      tissue as polygons: the GeoJSON of QuPath, out and in
     encoder       Encoder, load_encoder: a tile becomes a vector
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
     embed         verb: slide -> store
+    interchange   a store in the files that others read: TRIDENT, STAMP, AnnData, Parquet, GeoJSON
+    foreign       embeddings that others made, as maps for a brush
     labels        Labels: a class in place of an embedding, the same everywhere
     distances     how unlike two sets of vectors are
     field         NoiseField: noise that is a function, read by address
@@ -50,6 +53,7 @@ The modules, in the order of the data; a module imports only what stands above i
     copying       whether a painting copies what its brush was trained on
     evaluate      verb: real and synthetic slides -> figures
     report        figures and pictures as a folder to be read
+    info          what a slide, a store, a brush or a pyramid is
     cli           the words
 """
 

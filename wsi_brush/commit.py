@@ -18,7 +18,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,38 @@ def staged(target: Path, *, kind: str, about: dict[str, Any], overwrite: bool = 
     finally:
         if stage.exists():
             shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_file(target: Path, *, kind: str, ours: Callable[[Path], bool], overwrite: bool = False) -> Iterator[Path]:
+    """Yield a path to write one file at; on success it is at `target`, on any error that is as it was before.
+
+    A single file has no manifest; `ours` says of what stands at `target` whether it is a `kind` that wsi-brush wrote.
+
+    Raises:
+        RefusedError: if something is there that is not ours, or is ours and `overwrite` is off.
+        MachineError: if the folder around it cannot be written to, or the disk is full.
+    """
+    if target.exists() or target.is_symlink():
+        plain = target.is_file() and not target.is_symlink()
+        if not plain or not ours(target):
+            raise RefusedError(f"{target}: exists and is no {kind} of wsi-brush; it stays, choose another name")
+        if not overwrite:
+            raise RefusedError(f"{target}: exists; choose another name or pass --overwrite")
+    sweep(target)
+    stage = target.parent / _stage_name(target)
+    try:
+        stage.mkdir(parents=True)
+    except OSError as error:
+        raise MachineError(f"{target.parent}: cannot be written to ({error.strerror}); choose another output") from None
+    try:
+        with full_disk_said(target):
+            yield stage / target.name
+            _sync(stage / target.name)
+            os.replace(stage / target.name, target)
+            _sync(target.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextlib.contextmanager

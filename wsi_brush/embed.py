@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from .commit import check_target, fingerprint, read_manifest
 from .errors import MachineError, RefusedError, SlideError, UsageError, WsiBrushError
 from .grid import Grid
+from .outlines import find_outlines, outlines_digest, read_outlines
 from .slide import Slide, open_slide
 from .store import KIND, EmbeddingMap, EmbeddingStore, write_store
 from .tissue import RULES, Tissue, find_tissue
@@ -131,24 +132,28 @@ def embed_slide(
     overwrite: bool = False,
     progress: Progress | None = None,
     name: str | None = None,
+    outlines: Path | None = None,
 ) -> SlideReport:
     """Embed a whole slide into the store `out`/NAME.zarr, by default named after the slide.
 
-    A finished store of the same slide and parameters is left as it is, also under `overwrite`.
+    A finished store of the same slide and parameters is left as it is, also under `overwrite`. `outlines` (GeoJSON, or
+    a folder with NAME.geojson) says what is tissue; without, it is looked for.
 
     Raises:
-        SlideError: if the slide cannot be read.
+        SlideError: if the slide or its outlines cannot be read.
         RefusedError: if the store is there and damaged, foreign, or made otherwise; the message says what differs.
         MachineError: if the store cannot be written.
     """
     start = time.monotonic()
-    path, target = Path(path), Path(out) / f"{name or slide_name(Path(path))}.zarr"
+    path, name = Path(path), name or slide_name(Path(path))
+    target = Path(out) / f"{name}.zarr"
     slide = open_slide(path, assume_mpp=assume_mpp, force_mpp=force_mpp)
-    about = _provenance(slide, path, encoder)
+    drawn = None if outlines is None else find_outlines(outlines, name)
+    about = _provenance(slide, path, encoder, drawn)
     if _is_done(target, about["parameters"], overwrite=overwrite):
         return SlideReport(path, target, "unchanged", mpp=slide.mpp, mpp_source=slide.mpp_source)
     check_target(target, kind=KIND, overwrite=overwrite)
-    tissue = find_tissue(slide)
+    tissue = find_tissue(slide) if drawn is None else read_outlines(drawn, slide)
     maps = embed_region(slide, slide.grid, encoder=encoder, tissue=tissue, progress=progress)
     tiles = {f"{mpp:g}": int(one.present.sum()) for mpp, one in maps.items()}
     about |= {"tiles": tiles, "tissue_fraction": round(tissue.fraction, 4)}
@@ -167,15 +172,17 @@ def embed_slides(
     force_mpp: float | None = None,
     overwrite: bool = False,
     progress: Callable[[Path, int, int], None] | None = None,
+    outlines: Path | None = None,
 ) -> list[SlideReport]:
     """Embed slides and folders of slides; one that fails costs itself only. `progress` also gets the slide.
 
     Raises:
-        UsageError: if a folder holds no slides.
+        UsageError: if a folder holds no slides, or there is one file of outlines for several.
         MachineError: if `out` cannot be written to, or the disk is full.
     """
-    reports = []
-    for path, name in _named(find_slides(paths)):
+    reports, slides = [], list(named_slides(paths))
+    check_outlines(outlines, len(slides))
+    for path, name in slides:
         tell = None if progress is None else (lambda done, total, path=path: progress(path, done, total))
         try:
             report = embed_slide(
@@ -187,6 +194,7 @@ def embed_slides(
                 overwrite=overwrite,
                 progress=tell,
                 name=name,
+                outlines=outlines,
             )
         except (UsageError, MachineError):
             raise  # would cost every slide that follows
@@ -217,6 +225,20 @@ def find_slides(paths: Iterable[Path | str]) -> list[Path]:
         for slide in slides:
             found.setdefault(slide.resolve(), slide)
     return list(found.values())
+
+
+def check_outlines(place: Path | None, slides: int) -> None:
+    """Whether outlines can be those of so many slides.
+
+    Raises:
+        UsageError: if there are none, or of one slide for several.
+    """
+    if place is not None and not place.exists():
+        raise UsageError(f"{place}: no such file or folder; expected a GeoJSON, or a folder with SLIDENAME.geojson")
+    if place is not None and place.is_file() and slides > 1:
+        raise UsageError(
+            f"{place}: the tissue of one slide, for {slides}; give a folder with SLIDENAME.geojson of each"
+        )
 
 
 def slide_name(path: Path) -> str:
@@ -294,7 +316,7 @@ def _cut(cells: NDArray[np.intp], tiles: NDArray[np.uint8]) -> Iterator[tuple[ND
         yield cells[start : start + _BATCH], tiles[start : start + _BATCH]
 
 
-def _provenance(slide: Slide, path: Path, encoder: TileEncoder) -> dict[str, Any]:
+def _provenance(slide: Slide, path: Path, encoder: TileEncoder, drawn: Path | None) -> dict[str, Any]:
     """What the manifest says of the slide (an allow-list: no other field of its header) and of how it was seen."""
     parameters = {
         "slide": slide_fingerprint(path),
@@ -305,8 +327,9 @@ def _provenance(slide: Slide, path: Path, encoder: TileEncoder) -> dict[str, Any
         "dim": encoder.dim,
         "pitches": list(PITCHES),
         "cover": COVER,
-        "tissue_rules": RULES,
+        "tissue_rules": RULES if drawn is None else f"outlines {outlines_digest(drawn)}",
     }
+    square = slide.pixel == (slide.mpp, slide.mpp)
     return {
         "slide": {
             "name": path.name,
@@ -314,6 +337,7 @@ def _provenance(slide: Slide, path: Path, encoder: TileEncoder) -> dict[str, Any
             "mpp_source": slide.mpp_source,
             "height": slide.grid.height,
             "width": slide.grid.width,
+            **({} if square else {"pixel": list(slide.pixel)}),
         },
         "synthetic": slide.synthetic,
         "parameters": parameters,
@@ -344,10 +368,11 @@ def _is_done(target: Path, parameters: dict[str, Any], *, overwrite: bool) -> bo
     return not differences
 
 
-def _named(paths: list[Path]) -> Iterator[tuple[Path, str]]:
-    """A name for each slide; slides of one name in several folders get a digest of where they are."""
-    count = Counter(slide_name(path) for path in paths)
-    for path in paths:
+def named_slides(paths: Iterable[Path | str]) -> Iterator[tuple[Path, str]]:
+    """A name for each slide of `find_slides`; those of one name in several folders get a digest of where they are."""
+    slides = find_slides(paths)
+    count = Counter(slide_name(path) for path in slides)
+    for path in slides:
         name = slide_name(path)
         place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
         yield path, name if count[name] == 1 else f"{name}-{place}"

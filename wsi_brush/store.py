@@ -148,6 +148,10 @@ class EmbeddingStore:
         array = self._array("tissue")
         return Tissue(_whole(array, self.path), _grid(array, "grid"))
 
+    def lattice_at(self, mpp: float) -> Grid:
+        """The lattice of the map of one pitch, without its values."""
+        return _grid(self._array(f"embeddings/{mpp:g}"), "lattice")
+
     def map_at(self, mpp: float) -> EmbeddingMap:
         """Read the map of one pitch from disk."""
         array = self._array(f"embeddings/{mpp:g}")

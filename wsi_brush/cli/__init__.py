@@ -22,23 +22,12 @@ from typer.core import TyperCommand
 
 from .. import __version__
 from ..errors import UsageError
-from . import plans
+from . import files, plans
 from .manners import Shown, errors, interrupted, prepare, print_figures, print_plan, print_table, say
+from .options import AssumeMpp, Debug, DryRun, ForceMpp, Json, Overwrite, Quiet, Threads
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors, and what --json asks for.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it needs; write nothing.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that wsi-brush made.")]
-AssumeMpp = Annotated[
-    float | None, typer.Option(help="Pixel size in µm for slides whose header has none.", metavar="MPP")
-]
-ForceMpp = Annotated[
-    float | None, typer.Option(help="Pixel size in µm whatever the header says; recorded.", metavar="MPP")
-]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 for all.", min=0)]
 _ENCODERS = "bundled, timm:NAME, hf-hub:ORG/NAME or a .safetensors file"
 
 
@@ -58,6 +47,10 @@ def embed(
     slides: Annotated[list[Path], typer.Argument(help="Slides, or folders of slides.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the stores, one a slide.")],
     encoder: Annotated[str, typer.Option(help=f"{_ENCODERS}.")] = "bundled",
+    tissue: Annotated[
+        Path | None,
+        typer.Option(help="What is tissue, drawn: GeoJSON, or a folder with SLIDENAME.geojson.", metavar="GEOJSON"),
+    ] = None,
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,
     overwrite: Overwrite = False,
@@ -75,12 +68,12 @@ def embed(
         prepare(threads)
         loaded = load_encoder(encoder)
         if dry_run:
-            print_plan(plans.plan_embedding(loaded, slides, out, assume_mpp, force_mpp), json_)
+            print_plan(plans.plan_embedding(loaded, slides, out, assume_mpp, force_mpp, tissue), json_)
             return
         with Shown(quiet) as progress:
             reports = embed_slides(
                 slides, out, encoder=loaded, assume_mpp=assume_mpp, force_mpp=force_mpp, overwrite=overwrite,
-                progress=lambda path, done, total: progress(path.name, done, total),
+                outlines=tissue, progress=lambda path, done, total: progress(path.name, done, total),
             )  # fmt: skip
         if json_:
             typer.echo(json.dumps([asdict(report) for report in reports], indent=1, default=str))
@@ -369,6 +362,9 @@ def verify(
         if any(found.values()):
             raise typer.Exit(4)
 
+
+app.command()(files.export)
+app.command()(files.info)
 
 # The base of the errors that the parser of options raises; Typer moved it between versions.
 _MISUSE: type[typer.BadParameter] = typer.BadParameter.__mro__[2]

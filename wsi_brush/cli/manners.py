@@ -79,6 +79,29 @@ def print_plan(plan: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"{name}: {', '.join(value) or 'none' if isinstance(value, list) else value}")
 
 
+def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """What is known of something, a line for each fact and for each part of a list of parts."""
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        parts = value if isinstance(value, list) and value and isinstance(value[0], dict) else [value]
+        for part in parts:
+            typer.echo(f"{name.replace('_', ' ')}: {_said(part)}")
+
+
+def _said(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_said(part)}" for name, part in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(_said(part) for part in value) or "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def print_figures(figures: dict[str, Any]) -> None:
     """What an evaluation found, in a few lines."""
     for note in figures["notes"]:

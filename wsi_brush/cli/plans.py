@@ -18,19 +18,23 @@ if TYPE_CHECKING:
 
 
 def plan_embedding(
-    encoder: Encoder, paths: list[Path], out: Path, assume_mpp: float | None, force_mpp: float | None
-) -> dict[str, Any]:
+    encoder: Encoder, paths: list[Path], out: Path, assume_mpp: float | None, force_mpp: float | None,
+    outlines: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What would be embedded, and what it would need; slides that cannot be read are named."""
-    from ..embed import COVER, PITCHES, find_slides
+    from ..embed import COVER, PITCHES, check_outlines, named_slides
     from ..estimate import encoder_seconds
+    from ..outlines import find_outlines, read_outlines
     from ..slide import open_slide
     from ..tissue import find_tissue
 
-    slides, failed, tiles = find_slides(paths), [], 0
-    for path in slides:
+    slides, failed, tiles = list(named_slides(paths)), [], 0
+    check_outlines(outlines, len(slides))
+    for path, name in slides:
         try:
             slide = open_slide(path, assume_mpp=assume_mpp, force_mpp=force_mpp)
-            tissue = find_tissue(slide)
+            drawn = None if outlines is None else find_outlines(outlines, name)
+            tissue = find_tissue(slide) if drawn is None else read_outlines(drawn, slide)
         except SlideError as error:
             failed.append(str(error))
         else:
@@ -38,7 +42,7 @@ def plan_embedding(
             tiles += sum(int((cover >= COVER).sum()) for cover in covers)
     minutes = encoder_seconds(encoder, tiles) / 60
     return {
-        "slides": [str(path) for path in slides],
+        "slides": [str(path) for path, _ in slides],
         "unreadable": failed,
         "tiles": tiles,
         "time": f"about {minutes:.1f} minutes, and the reading",
