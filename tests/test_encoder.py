@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from wsi_brush.backbone import ConvolutionalStem
 from wsi_brush.commit import sha256_of
-from wsi_brush.encoder import BUNDLED, MICRO_BATCH, ConvolutionalStem, Encoder, load_encoder
+from wsi_brush.encoder import BUNDLED, MICRO_BATCH, Encoder, load_encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
 
 SIDE = 48
@@ -131,8 +132,10 @@ def test_other_shapes_and_types_are_refused(tiny: Encoder, wrong: NDArray[np.uin
 
 
 def test_an_unknown_name_is_answered_with_the_known_forms() -> None:
-    with pytest.raises(UsageError, match=r"bundled, timm:NAME, hf-hub:ORG/NAME or PATH\.safetensors"):
-        load_encoder("uni")
+    with pytest.raises(UsageError, match=r"bundled, .*timm:NAME, hf-hub:ORG/NAME or PATH\.safetensors"):
+        load_encoder("oracle")
+    with pytest.raises(UsageError, match=r"did you mean phikon-v2\?"):
+        load_encoder("phikon-v3")
 
 
 def test_an_unknown_timm_model_is_a_usage_error() -> None:
@@ -208,7 +211,7 @@ def test_without_network_and_cache_the_message_says_what_to_do(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(MachineError, match="not in the local cache") as caught:
+    with pytest.raises(MachineError, match=f"not in the local cache; .* wsi-brush models fetch {name}") as caught:
         load_encoder(name)
     assert "\n" not in str(caught.value)
 
@@ -343,5 +346,5 @@ def test_a_pickle_that_would_run_code_is_not_read(script: Any, tmp_path: Path) -
 def test_an_unknown_stem_is_refused(tmp_path: Path) -> None:
     path = write_encoder(tmp_path)
     describe(path, architecture="mobilenetv3_small_050", dim=1024, stem="woven")
-    with pytest.raises(RefusedError, match="stem 'woven' is not known; expected convolutional"):
+    with pytest.raises(RefusedError, match="stem 'woven' is not known; expected plain, convolutional"):
         load_encoder(str(path))

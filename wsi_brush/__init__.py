@@ -14,6 +14,9 @@ The modules, in the order of the data; a module imports only what stands above i
     grid          Grid: a rectangle of pixels on the plane, in µm
     slide         Slide, open_slide: a colour at every point
     tissue        Tissue, find_tissue: where there is something to look at
+    zoo           the encoders that are known by name, as data
+    hub           where weights are on this machine, and the one place where they are fetched
+    backbone      the networks of encoders: how they are made, and what of their answer is the embedding
     encoder       Encoder, load_encoder: a tile becomes a vector
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
     embed         verb: slide -> store
