@@ -18,6 +18,7 @@ The modules, in the order of the data; a module imports only what stands above i
     hub           where weights are on this machine, and the one place where they are fetched
     backbone      the networks of encoders: how they are made, and what of their answer is the embedding
     encoder       Encoder, load_encoder: a tile becomes a vector
+    golden        whether a loaded encoder is the one that its name promises
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
     embed         verb: slide -> store
     labels        Labels: a class in place of an embedding, the same everywhere

@@ -111,10 +111,7 @@ def place_of(name: str) -> Place:
     entry = find(name)
     if entry is None:
         raise UsageError(f"{name!r} is no encoder on the hub; expected timm:NAME, hf-hub:ORG/NAME, or see: models list")
-    if entry.repository is None or entry.file is None:
-        raise RefusedError(f"{entry.id}: is not on the hub; {_by_hand(entry, entry.file or 'its weights')}")
-    config = entry.architecture is None and entry.package is None
-    return Place(entry.id, entry.repository, (entry.file,), entry.revision, config, entry.pickled)
+    return _place_of_entry(entry)
 
 
 def weights_of(entry: Entry) -> Path:
@@ -125,11 +122,10 @@ def weights_of(entry: Entry) -> Path:
     """
     if converted(entry).is_file():
         return converted(entry)
-    if not entry.pickled:
-        return place_of(entry.id).find()
-    if entry.repository is None:
-        raise MachineError(f"{entry.id}: its weights are not here; {_by_hand(entry, str(entry.file))}")
-    raise MachineError(f"{entry.id}: {_convert(entry, place_of(entry.id).find())}")
+    path = _place_of_entry(entry).find()
+    if entry.pickled:
+        raise MachineError(f"{entry.id}: {_convert(entry, path)}")
+    return path
 
 
 def fetch(name: str) -> tuple[Path, str | None]:
@@ -175,11 +171,9 @@ def state_of(entry: Entry) -> str:
         return "no package"
     if converted(entry).is_file():
         return "ready"
-    if entry.repository is None:
-        return "absent"
     try:
-        place_of(entry.id).find()
-    except MachineError:
+        _place_of_entry(entry).find()
+    except (MachineError, RefusedError):
         return "absent"
     return "to convert" if entry.pickled else "ready"
 
@@ -191,11 +185,16 @@ def _convert(entry: Entry, path: Path) -> str:
     )
 
 
-def _by_hand(entry: Entry, file: str) -> str:
-    return (
-        f"get {file} from {entry.home}, then, from a checkout: "
-        f"python pipelines/paper_data/weights.py {entry.id} {file} -o {converted(entry)}"
-    )
+def _place_of_entry(entry: Entry) -> Place:
+    if entry.file is None:
+        raise RefusedError(f"{entry.id}: comes with wsi-brush, there is nothing to fetch")
+    if entry.repository is None:
+        raise RefusedError(
+            f"{entry.id}: is not on the hub; get {entry.file} from {entry.home}, then, from a checkout: "
+            f"python pipelines/paper_data/weights.py {entry.id} {entry.file} -o {converted(entry)}"
+        )
+    config = entry.architecture is None and entry.package is None
+    return Place(entry.id, entry.repository, (entry.file,), entry.revision, config, entry.pickled)
 
 
 def _place_of_timm(name: str, model: str) -> Place:

@@ -23,7 +23,8 @@ from typer.core import TyperCommand
 from .. import __version__
 from ..errors import UsageError
 from . import plans
-from .manners import Shown, errors, interrupted, prepare, print_figures, print_plan, print_table, say
+from .manners import Shown, errors, interrupted, prepare, print_figures, print_plan, print_table, say, say_terms
+from .models import models
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -39,7 +40,8 @@ ForceMpp = Annotated[
     float | None, typer.Option(help="Pixel size in µm whatever the header says; recorded.", metavar="MPP")
 ]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 for all.", min=0)]
-_ENCODERS = "bundled, timm:NAME, hf-hub:ORG/NAME or a .safetensors file"
+_ENCODERS = "a name of `models list`, timm:NAME, hf-hub:ORG/NAME or a .safetensors file"
+app.add_typer(models, name="models")
 
 
 @app.callback(invoke_without_command=True)
@@ -74,6 +76,8 @@ def embed(
 
         prepare(threads)
         loaded = load_encoder(encoder)
+        if not quiet:
+            say_terms(loaded)
         if dry_run:
             print_plan(plans.plan_embedding(loaded, slides, out, assume_mpp, force_mpp), json_)
             return
