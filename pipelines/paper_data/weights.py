@@ -1,9 +1,10 @@
 """Published weights in the layout of `load_encoder`: `weights.py uni pytorch_model.bin -o uni.safetensors`.
 
-UNI, CTransPath and others (`--help` names them) are published as pickles, which wsi-brush does not load: a pickle can run code. This script reads
-tensors alone (PyTorch's `weights_only`) or safetensors, gives them the names that timm has for them today, writes them
-as safetensors with a description (JSON) beside, and loads the encoder once to see that every tensor has its place.
-Nothing is fetched; get the file from where the encoder's authors give it, under their terms.
+UNI, CTransPath and others (`--help` names them) are published as pickles, which wsi-brush does not load: a pickle can
+run code. This script reads tensors alone (PyTorch's `weights_only`) or safetensors, gives them the names that timm has
+for them today, writes them as safetensors with a description (JSON) beside, and loads the encoder once to see that
+every tensor has its place. Nothing is fetched here: `wsi-brush models fetch NAME` does that, under the terms of its
+authors, and says where to write what is made of it, so that it is found by name.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     that follow from the sizes are not kept, nor is the head of a pretext task."""
     old = "layers.0.downsample.reduction.weight" in tensors
     found = {}
-    for name, value in tensors.items():
+    for published, value in tensors.items():
+        name = published.removeprefix("module.")
         if name.startswith("head.") or name.rpartition(".")[2] in ("relative_position_index", "attn_mask"):
             continue
         if old:
