@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_encoder import write_encoder
 from torch import Tensor, nn
 
 from wsi_brush.encoder import About, Encoder, load_encoder
@@ -65,25 +60,9 @@ def test_a_broken_encoder_is_found_without_a_golden_vector(value: float, word: s
     found = verify(saying(value, "file"))
     assert found.golden == "none known"
     assert word in (found.problem or "")
-    json.dumps(found.head + (found.length,), allow_nan=False)
+    json.dumps((*found.head, found.length), allow_nan=False)
 
 
 def test_an_encoder_without_a_golden_vector_is_only_tried() -> None:
     found = verify(saying(2.0, "file"))
     assert (found.golden, found.problem) == ("none known", None)
-
-
-def test_verify_is_a_command(tmp_path: Path) -> None:
-    path = write_encoder(tmp_path)
-    for name, code in ((str(path), 0), ("midnight", 2)):
-        ran = subprocess.run(
-            [sys.executable, "-m", "wsi_brush", "models", "verify", name, "--json"],
-            capture_output=True, text=True, timeout=100, check=False, env={**os.environ, "HF_HOME": str(tmp_path)},
-        )  # fmt: skip
-        assert ran.returncode == code, ran.stderr
-        if code:
-            assert ran.stderr.startswith("wsi-brush: midnight: its weights are not in the local cache")
-            assert len(ran.stderr.splitlines()) == 1
-        else:
-            told = json.loads(ran.stdout)
-            assert (told["name"], told["golden"], told["problem"], told["dim"]) == ("tiny", "none known", None, 1024)
