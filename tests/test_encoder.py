@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -309,14 +310,16 @@ def test_published_weights_become_an_encoder(script: Any, name: str, tmp_path: P
     network = published(script, name, tmp_path / "published.pth")
     script.convert(name, tmp_path / "published.pth", tmp_path / f"{name}.safetensors")
     encoder = load_encoder(str(tmp_path / f"{name}.safetensors"))
-    assert (encoder.name, encoder.tile, encoder.dim) == (name, 224, 32)
-    rgb = tiles(2, 224)
-    mean, std = (np.array(script.IMAGENET[key]) for key in ("mean", "std"))
-    pixels = torch.from_numpy(((rgb / 255 - mean) / std).astype(np.float32)).permute(0, 3, 1, 2)
+    about = script.ENCODERS[name]
+    assert (encoder.name, encoder.tile, encoder.dim) == (name, {"uni": 256, "ctranspath": 224}[name], 32)
+    rgb = tiles(2, encoder.tile)
+    small = np.stack([np.asarray(Image.fromarray(one).resize((224, 224), Image.Resampling.BILINEAR)) for one in rgb])
+    mean, std = (np.array(about[key]) for key in ("mean", "std"))
+    pixels = torch.from_numpy(((small / 255 - mean) / std).astype(np.float32)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         expected = network(pixels).numpy()
     assert np.ptp(expected) > 1e-3
-    np.testing.assert_allclose(encoder(rgb), expected, atol=1e-3)
+    np.testing.assert_allclose(encoder(rgb), expected, atol=5e-3 if name == "uni" else 1e-3)  # Pillow rounds twice
     with pytest.raises(RefusedError, match="exists"):
         script.convert(name, tmp_path / "published.pth", tmp_path / f"{name}.safetensors")
 

@@ -44,7 +44,8 @@ def made_tile(side: int) -> NDArray[np.uint8]:
     inside = (rows % 16 - 4 - top) ** 2 + (columns % 16 - 4 - left) ** 2 < reach**2
     grain = (rows * rows + 3 * rows * columns + 7 * columns) % 17
     pink, purple = np.array([228, 160, 196]), np.array([104, 62, 140])
-    return (np.where(inside[..., None], purple, pink) + grain[..., None]).astype(np.uint8)
+    colours = np.where(inside[..., None], purple, pink) + grain[..., None]
+    return np.asarray(colours, np.uint8)
 
 
 def verify(encoder: Encoder) -> Trial:
