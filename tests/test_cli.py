@@ -778,6 +778,41 @@ class TestVerify:
         assert "never finished" in words("verify", tmp_path / "absent").one_line(4)
 
 
+class TestModels:
+    def test_verify_tries_an_encoder(self, words: Words, tmp_path: Path) -> None:
+        ran = words("models", "verify", "bundled", "--json")
+        assert ran.code == 0, ran.err
+        told = json.loads(ran.out)
+        assert (told["golden"], told["problem"]) == ("agrees", None)
+        for end in ("safetensors", "json"):
+            shutil.copy(WEIGHTS / f"encoder.{end}", tmp_path / f"own.{end}")
+        own = words("models", "verify", tmp_path / "own.safetensors")
+        assert (own.code, own.err) == (0, "")
+        assert "368 numbers of a tile of 128 px" in own.out
+
+    def test_mistakes_are_one_line(self, words: Words) -> None:
+        assert "did you mean bundled?" in words("models", "verify", "bundle").one_line(1)
+        assert "is no encoder on the hub" in words("models", "fetch", "oracle").one_line(1)
+        assert "nothing to fetch" in words("models", "fetch", "bundled").one_line(4)
+        assert "not on the hub; get ctranspath.pth" in words("models", "fetch", "ctranspath").one_line(4)
+
+    def test_terms_of_an_encoder_are_said_once_and_stored(
+        self, words: Words, tissue_slide: Path, tmp_path: Path
+    ) -> None:
+        shutil.copy(WEIGHTS / "encoder.safetensors", tmp_path / "own.safetensors")
+        about = json.loads((WEIGHTS / "encoder.json").read_text("utf-8"))
+        terms = {"licence": "CC-BY-NC-ND-4.0", "outputs": "no commercial use"}
+        (tmp_path / "own.json").write_text(json.dumps(about | {"name": "own"} | terms))
+        ran = words("embed", tissue_slide, "-o", tmp_path / "out", "--encoder", tmp_path / "own.safetensors")
+        assert ran.code == 0, ran.err
+        (line,) = [line for line in ran.err.splitlines() if "licence" in line]
+        assert line.startswith("wsi-brush: encoder own: licence CC-BY-NC-ND-4.0; no commercial use")
+        (store,) = (tmp_path / "out").iterdir()
+        assert EmbeddingStore.open(store).about["encoder_terms"] == terms
+        ran = words("embed", tissue_slide, "-o", tmp_path / "free")
+        assert "licence" not in ran.err
+
+
 def test_the_fake_encoder_has_the_size_of_the_bundled_ones_tiles() -> None:
     """What `test_synthesize` takes for an encoder stands for the one that is used here."""
     assert json.loads((WEIGHTS / "encoder.json").read_text("utf-8"))["tile"] == TileStatistics.tile

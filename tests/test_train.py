@@ -347,6 +347,22 @@ def test_the_first_run_makes_the_pack_and_the_next_uses_it(
     one_line(found, "another encoder", "--work")
 
 
+def test_the_terms_of_the_encoder_are_said_and_stay_with_the_brush(
+    tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = {"licence": "CC-BY-NC-ND-4.0", "outputs": "no commercial use"}
+    monkeypatch.setattr(train, "load_encoder", lambda name, device: Colours())
+    monkeypatch.setattr(Colours, "terms", terms, raising=False)
+    heard: list[str] = []
+    made = train._pack(config_of().data, tmp_path / "work", tissue_slide.parent, heard.append)
+    (line,) = [line for line in heard if "CC-BY-NC-ND-4.0" in line]
+    assert line.startswith("encoder colours: ")
+    assert "no commercial use" in line
+    about = Training(config_of(), made, tmp_path).brush().about
+    assert about["encoder_terms"] == terms
+    assert about["licence"] == "MIT"  # the brush's own, as its card has it
+
+
 def test_a_pack_of_other_slides_is_refused(tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "load_encoder", lambda name, device: Colours())
     data = config_of().data

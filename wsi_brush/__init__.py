@@ -15,7 +15,11 @@ The modules, in the order of the data; a module imports only what stands above i
     slide         Slide, open_slide: a colour at every point
     tissue        Tissue, find_tissue: where there is something to look at
     outlines      tissue as polygons: the GeoJSON of QuPath, out and in
+    zoo           the encoders that are known by name, as data
+    hub           where weights are on this machine, and the one place where they are fetched
+    backbone      the networks of encoders: how they are made, and what of their answer is the embedding
     encoder       Encoder, load_encoder: a tile becomes a vector
+    golden        whether a loaded encoder is the one that its name promises
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
     embed         verb: slide -> store
     interchange   a store in the files that others read: TRIDENT, STAMP, AnnData, Parquet, GeoJSON

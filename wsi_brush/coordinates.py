@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .commit import read_manifest, staged
-from .embed import PITCHES, TileEncoder, embed_region
+from .embed import PITCHES, TileEncoder, embed_region, terms_of
 from .errors import RefusedError, UsageError
 from .grid import Grid
 from .labels import Labels
@@ -72,7 +72,7 @@ def build_pack(
     """
     about: dict[str, Any] = {"encoder": encoder.name, "fingerprint": encoder.fingerprint, "dim": encoder.dim}
     about |= {"tile": encoder.tile, "pitches": list(pitches), "until": until, "slides": len(slides)}
-    about["sources"] = list(sources)
+    about |= {"sources": list(sources), "encoder_terms": terms_of(encoder)}
     about |= {"labels": list(encoder.names)} if isinstance(encoder, Labels) else {}
     about |= {"everywhere": True} if everywhere else {}
     with staged(target, kind=KIND, about=about, overwrite=overwrite) as stage:

@@ -316,6 +316,11 @@ def _cut(cells: NDArray[np.intp], tiles: NDArray[np.uint8]) -> Iterator[tuple[ND
         yield cells[start : start + _BATCH], tiles[start : start + _BATCH]
 
 
+def terms_of(encoder: object) -> dict[str, str | None]:
+    """The licence of an encoder and what it asks of what is made from its outputs, where it has any."""
+    return dict(getattr(encoder, "terms", None) or {"licence": None, "outputs": None})
+
+
 def _provenance(slide: Slide, path: Path, encoder: TileEncoder, drawn: Path | None) -> dict[str, Any]:
     """What the manifest says of the slide (an allow-list: no other field of its header) and of how it was seen."""
     parameters = {
@@ -340,6 +345,7 @@ def _provenance(slide: Slide, path: Path, encoder: TileEncoder, drawn: Path | No
             **({} if square else {"pixel": list(slide.pixel)}),
         },
         "synthetic": slide.synthetic,
+        "encoder_terms": terms_of(encoder),
         "parameters": parameters,
         "parameters_fingerprint": fingerprint(parameters),
     }

@@ -1,25 +1,26 @@
 """A tile becomes a vector.
 
 One path for every encoder: `load_encoder` turns a name into weights, a description and a timm network, and an
-`Encoder` is all three. The bundled one is small and needs no download; others come from timm, from the Hugging Face
-hub, or from a local safetensors file with a description (JSON) of the same layout beside it:
+`Encoder` is all three. The bundled one is small and needs no download; those of the table (`zoo`) are known by name;
+others come from timm, from the Hugging Face hub, or from a local safetensors file with a description (JSON) of the same
+layout beside it:
 
     {"name": ..., "architecture": timm's name, "kwargs": {...}, "tile": pixels, "mean": [3], "std": [3],
      "dim": ..., "sha256": of the safetensors file, "licence": ..., "training": {...}}
 
-With `"stem": "convolutional"` a Swin of timm sees its patches through a `ConvolutionalStem` (CTransPath does).
+It may also say `stem`, `mlp` and `pooling` (see `backbone`), and `resize`, `filter` and `crop` (see `zoo`).
 Two tensors of such a file may describe the embedding itself, `embedding.mean` and `embedding.std`: where they are,
 the encoder standardises what it returns, so that a cosine of 0 means "no more alike than any two tiles".
-Weights are safetensors only: a pickle can run code.
+Weights are safetensors only: a pickle can run code. What is not here is not fetched: `hub` does that, when asked.
+Networks compute in float32, whatever precision their authors run them in.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, final
 
@@ -28,20 +29,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from . import hub
+from .backbone import Pooled, build, from_transformers, without_head
 from .commit import sha256_of
-from .errors import MachineError, RefusedError, UsageError, WsiBrushError
+from .errors import MachineError, RefusedError, UsageError
 from .machine import find_device
+from .zoo import Entry, find, nearest
 
 BUNDLED = Path(__file__).parent / "weights" / "encoder.safetensors"
 JUDGE = BUNDLED.with_name("judge.safetensors")
 """Another small encoder, which no bundled brush is conditioned on, to judge their paintings with."""
+_HERE = {"bundled": BUNDLED, "judge": JUDGE}
 MICRO_BATCH = 32
 """Tiles seen at once, always: an embedding then never depends on which tiles came along."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What must be known of an encoder beside its weights: tile in px, `mean` and `std` of the 0..1 pixels."""
+    """What must be known of an encoder beside its weights: tile in px, `mean` and `std` of the 0..1 pixels.
+
+    A tile is resized to `resize` px a side (antialiased, by `filter`, to whole levels as an image library does) and its
+    middle cut to `crop` px, where they are given. `outputs`: what its terms ask of what is made from its embeddings.
+    """
 
     name: str
     tile: int
@@ -51,6 +60,10 @@ class About:
     std: tuple[float, float, float]
     licence: str = "unknown"
     training: Mapping[str, Any] = field(default_factory=dict)
+    resize: int | None = None
+    filter: str = "bilinear"
+    crop: int | None = None
+    outputs: str | None = None
 
 
 @final
@@ -77,7 +90,7 @@ class Encoder:
 
     @property
     def name(self) -> str:
-        """The word that `load_encoder` was given, or the name in the description of a local file."""
+        """The word that `load_encoder` was given, our name for it, or that in the description of a local file."""
         return self.about.name
 
     @property
@@ -92,8 +105,13 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights."""
+        """SHA-256 of the weights; of those of the table together with pooling and what is done to a tile."""
         return self.about.fingerprint
+
+    @property
+    def terms(self) -> dict[str, str | None]:
+        """Its licence, and what its terms ask of what is made from its embeddings: recorded with all of that."""
+        return {"licence": self.about.licence, "outputs": self.about.outputs}
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed tiles: (n, tile, tile, 3) uint8 -> (n, dim) float32.
@@ -117,55 +135,118 @@ class Encoder:
     @torch.inference_mode()
     def _embed(self, batch: Tensor) -> Tensor:
         # A permuted (n, y, x, c) array is channels-last already: no copy.
-        pixels = batch.to(self._device).permute(0, 3, 1, 2).float() * self._scale + self._shift
+        pixels = self._resized(batch.to(self._device).permute(0, 3, 1, 2).float()) * self._scale + self._shift
         pooled: Tensor = self._network(pixels)
         return ((pooled - self._centre) / self._spread).float().cpu()
 
+    def _resized(self, levels: Tensor) -> Tensor:
+        side, crop = self.about.resize, self.about.crop
+        if side is not None and side != self.tile:
+            levels = nn.functional.interpolate(levels, (side, side), mode=self.about.filter, antialias=True)
+            levels = levels.round().clamp(0, 255)
+        if crop is not None:
+            start = (levels.shape[-1] - crop) // 2
+            levels = levels[..., start : start + crop, start : start + crop]
+        return levels
+
 
 def load_encoder(name: str = "bundled", *, device: str = "cpu") -> Encoder:
-    """Load the encoder called `bundled`, `judge`, `timm:NAME`, `hf-hub:ORG/NAME[@REVISION]` or `PATH.safetensors`.
-
-    Only `timm:` and `hf-hub:` may use the network, and only for what is not in the Hugging Face cache.
+    """Load an encoder of the table (`bundled`, `judge`, `uni`, ..., also as peers call them), `timm:NAME`,
+    `hf-hub:ORG/NAME[@REVISION]` or `PATH.safetensors`. No network: `hub.fetch` gets what is not in the cache.
 
     Raises:
         UsageError: if there is no such encoder or device.
-        MachineError: if weights have to be fetched and cannot be, or the device is not there.
+        MachineError: if weights or a package are not here, or the device is not there.
         RefusedError: if weights are damaged, pickled, or do not fit their description.
     """
-    find_device(device)  # before minutes of downloading
-    if name in ("bundled", "judge"):
-        path = BUNDLED if name == "bundled" else JUDGE
-        if not path.is_file():
-            raise MachineError(f"{path}: it should be bundled and is missing; install wsi-brush again")
-        return _load_file(path, name=name, device=device)
-    if name.startswith("timm:"):
-        return _load_timm(name, name.removeprefix("timm:"), device=device)
-    if name.startswith("hf-hub:"):
-        return _load_timm(name, name, device=device)
+    find_device(device)  # before minutes of loading
+    if name.startswith(("timm:", "hf-hub:")):
+        return _load_timm(name, device=device)
     if name.endswith(".safetensors"):
         if not Path(name).is_file():
             raise UsageError(f"{name}: no such file; expected the weights of an encoder")
         return _load_file(Path(name), name=None, device=device)
-    raise UsageError(f"{name!r} is no encoder; expected bundled, judge, timm:NAME, hf-hub:ORG/NAME or PATH.safetensors")
+    entry = find(name)
+    if entry is None:
+        near = nearest(name)
+        hint = f" (did you mean {near}?)" if near else ""
+        raise UsageError(
+            f"{name!r} is no encoder{hint}; expected bundled, another name of `wsi-brush models list`, timm:NAME, "
+            "hf-hub:ORG/NAME or PATH.safetensors"
+        )
+    if entry.id in _HERE:
+        path = _HERE[entry.id]
+        if not path.is_file():
+            raise MachineError(f"{path}: it should be bundled and is missing; install wsi-brush again")
+        return _load_file(path, name=entry.id, device=device)
+    return _load_entry(entry, device=device)
 
 
-# a file and its description -----------------------------------------------------------------------
+# a description and its weights ---------------------------------------------------------------------
 
 
 def _load_file(path: Path, *, name: str | None, device: str) -> Encoder:
-    import timm
+    described = _read_description(path)
+    digest = _checked(path)
+    if described.get("package") == "conch":
+        return _load_conch(described, path, device=device)
+    return _assemble(described | {"name": name or described["name"]}, path, device=device, digest=digest)
+
+
+def _load_entry(entry: Entry, *, device: str) -> Encoder:
+    path, described = hub.weights_of(entry), entry.description
+    if path == hub.converted(entry):
+        _checked(path)
+        return (
+            _assemble(described, path, device=device)
+            if entry.package is None
+            else _load_conch(described, path, device=device)
+        )
+    if entry.architecture is None:
+        published = _read_json(path.with_name("config.json"))
+        given = {key: value for key, value in published.get("model_args", {}).items() if key != "global_pool"}
+        described |= {"architecture": published.get("architecture"), "kwargs": given | described["kwargs"]}
+    return _assemble(described, path, device=device, layout=entry.layout)
+
+
+def _assemble(
+    described: dict[str, Any], path: Path, *, device: str, digest: str | None = None, layout: str = "timm"
+) -> Encoder:
+    """The encoder that is described, with the weights in `path`; `digest`: what to call them, by default that of the
+    network and all that is done around it."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    described = _read_description(path)
-    digest = sha256_of(path)
-    if digest != described["sha256"]:
-        raise RefusedError(
-            f"{path}: damaged or exchanged (sha256 {digest[:12]}, its description says "
-            f"{str(described['sha256'])[:12]}); get both files again"
-        )
-    about = About(
-        name=name or str(described["name"]),
+    dim = int(described["dim"])
+    try:
+        tensors = load_file(path)
+        network = build(
+            described["architecture"], described["kwargs"], stem=described.get("stem", "plain"),
+            mlp=described.get("mlp", "plain"),
+        )  # fmt: skip
+        standard = {
+            key: tensors.pop(f"embedding.{key}").float() for key in ("mean", "std") if f"embedding.{key}" in tensors
+        }
+        if layout == "transformers":
+            tensors = from_transformers(tensors, network)
+        network.load_state_dict(tensors if digest else without_head(tensors))
+        pooled = Pooled(network, described.get("pooling", "own"))
+    except KeyError as error:
+        raise RefusedError(f"{path}: {error.args[0]}") from None
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RefusedError(f"{path}: the weights do not fit {described['architecture']} ({reason})") from None
+    for key, value in standard.items():
+        if value.shape != (dim,):
+            raise RefusedError(f"{path}: embedding.{key} has shape {tuple(value.shape)}, expected ({dim},)")
+        pooled.register_buffer(f"embedding_{key}", value)
+    around = {key: described.get(key) for key in ("pooling", "tile", "resize", "filter", "crop", "mean", "std")}
+    return Encoder(pooled, _about(described, digest or _hash_state(network, around)), device=device)
+
+
+def _about(described: dict[str, Any], digest: str) -> About:
+    return About(
+        name=str(described["name"]),
         tile=int(described["tile"]),
         dim=int(described["dim"]),
         fingerprint=digest,
@@ -173,95 +254,91 @@ def _load_file(path: Path, *, name: str | None, device: str) -> Encoder:
         std=_three(described["std"]),
         licence=str(described.get("licence", "unknown")),
         training=described.get("training", {}),
+        **{key: described[key] for key in ("resize", "filter", "crop", "outputs") if key in described},
     )
-    try:
-        tensors = load_file(path)
-        kwargs = dict(described["kwargs"])
-        if described.get("stem", "plain") != "plain":
-            kwargs["embed_layer"] = _STEMS[described["stem"]]
-        network = timm.create_model(described["architecture"], pretrained=False, **kwargs)
-        standard = {
-            key: tensors.pop(f"embedding.{key}").float() for key in ("mean", "std") if f"embedding.{key}" in tensors
-        }
-        network.load_state_dict(tensors)
-    except KeyError:
-        raise RefusedError(f"{path}: stem {described['stem']!r} is not known; expected {', '.join(_STEMS)}") from None
-    except (SafetensorError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RefusedError(f"{path}: the weights do not fit {described['architecture']} ({reason})") from None
-    for key, value in standard.items():
-        if value.shape != (about.dim,):
-            raise RefusedError(f"{path}: embedding.{key} has shape {tuple(value.shape)}, expected ({about.dim},)")
-        network.register_buffer(f"embedding_{key}", value)
-    return Encoder(network, about, device=device)
 
 
-class ConvolutionalStem(nn.Module):
-    """Patches of 4 pixels through convolutions (Xiao et al. 2021), as CTransPath has them (Wang et al. 2022): two of
-    stride 2, each with batch normalisation and ReLU, and a linear layer. (n, 3, h, w) -> (n, h / 4, w / 4, embed_dim).
-    """
-
-    def __init__(
-        self, img_size: int | tuple[int, int], patch_size: int, in_chans: int, embed_dim: int,
-        norm_layer: Callable[[int], nn.Module], **_: Any,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        if patch_size != 4:
-            raise TypeError(f"a convolutional stem has patches of 4 pixels, not of {patch_size}")
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.img_size, self.patch_size, self.grid_size = (height, width), (4, 4), (height // 4, width // 4)
-        layers: list[nn.Module] = []
-        channels = (in_chans, embed_dim // 8, embed_dim // 4)
-        for inner, outer in pairwise(channels):
-            layers += [nn.Conv2d(inner, outer, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
-        self.proj = nn.Sequential(*layers, nn.Conv2d(channels[-1], embed_dim, 1))
-        self.norm = norm_layer(embed_dim)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """What it says of each patch."""
-        found: Tensor = self.norm(self.proj(pixels).permute(0, 2, 3, 1))
-        return found
-
-
-_STEMS = {"convolutional": ConvolutionalStem}
+def _checked(path: Path) -> str:
+    """The digest of a local file, if it is the one in its description."""
+    digest, expected = sha256_of(path), str(_read_description(path)["sha256"])
+    if digest != expected:
+        raise RefusedError(
+            f"{path}: damaged or exchanged (sha256 {digest[:12]}, its description says {expected[:12]}); "
+            "get both files again"
+        )
+    return digest
 
 
 def _read_description(path: Path) -> dict[str, Any]:
     beside = path.with_suffix(".json")
-    try:
-        described = json.loads(beside.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RefusedError(
-            f"{path}: {beside.name} is missing beside it; it says how the weights are to be used"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"{beside}: cannot be read ({error}); get it again") from None
+    if not beside.exists():
+        raise RefusedError(f"{path}: {beside.name} is missing beside it; it says how the weights are to be used")
+    described = _read_json(beside)
     needed = {"name", "architecture", "kwargs", "tile", "mean", "std", "dim", "sha256"}
-    missing = needed - set(described) if isinstance(described, dict) else needed
-    if missing:
+    if missing := needed - set(described):
         raise RefusedError(f"{beside}: lacks {', '.join(sorted(missing))}; expected the description of an encoder")
-    return dict(described)
+    return described
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{path}: cannot be read ({error}); get it again") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _load_conch(described: dict[str, Any], path: Path, *, device: str) -> Encoder:
+    """CONCH's picture side, made by its authors' package, before the projection that its texts are compared in."""
+    from importlib import import_module
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model = import_module("conch.open_clip_custom.coca_model")
+        folder = Path(str(import_module("conch.open_clip_custom.factory").CFG_DIR))
+    except ImportError:
+        raise MachineError(
+            f"{described['name']}: needs its authors' package conch; see https://github.com/mahmoodlab/CONCH"
+        ) from None
+    sizes = {key: value for key, value in _read_json(folder / "conch_ViT-B-16.json").items() if key != "custom_text"}
+    network = model.CoCa(**sizes)
+    try:
+        network.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise RefusedError(f"{path}: the weights do not fit ({' '.join(str(error).split())[:200]})") from None
+    return Encoder(_Picture(network), _about(described, _hash_state(network, described)), device=device)
+
+
+class _Picture(nn.Module):
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        found: Tensor = self.network.encode_image(pixels, proj_contrast=False, normalize=False)
+        return found
 
 
 # timm and the Hugging Face hub --------------------------------------------------------------------
 
 
-def _load_timm(name: str, model: str, *, device: str) -> Encoder:
+def _load_timm(name: str, *, device: str) -> Encoder:
     import timm
     from timm.data.config import resolve_model_data_config
 
-    if model.startswith("hf-hub:"):
-        repository, filename = model.removeprefix("hf-hub:"), None
-    else:
-        repository, filename = _find_repository(name, model)
+    path = hub.place_of(name).find()
     try:
-        _fetch_safetensors(name, repository, filename)
-        network = timm.create_model(model, pretrained=True, num_classes=0)
+        if name.startswith("hf-hub:"):
+            network = timm.create_model(f"local-dir:{path.parent}", pretrained=True, num_classes=0)
+        else:
+            network = timm.create_model(
+                name.removeprefix("timm:"), pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": str(path)}
+            )
     except (RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RefusedError(f"{name}: timm {timm.__version__} cannot build it ({reason})") from None
-    except OSError as error:
-        raise _explain(name, error) from None
     config = resolve_model_data_config(network)
     tile = int(config["input_size"][-1])
     with torch.inference_mode():
@@ -278,66 +355,12 @@ def _load_timm(name: str, model: str, *, device: str) -> Encoder:
     return Encoder(network, about, device=device)
 
 
-def _find_repository(name: str, model: str) -> tuple[str, str | None]:
-    """Where on the hub the weights of a timm model are: the repository, and the file if it is not the usual one."""
-    import timm
-
-    try:
-        known = timm.models.get_pretrained_cfg(model, allow_unregistered=False) if timm.is_model(model) else None
-    except RuntimeError:  # a model that timm knows with a tag that it does not
-        known = None
-    if known is None:
-        raise UsageError(f"{name}: timm {timm.__version__} has no such model; see timm.list_models(pretrained=True)")
-    if not known.hf_hub_id:
-        raise RefusedError(f"{name}: no weights in safetensors are published for it; choose another tag")
-    return known.hf_hub_id, known.hf_hub_filename
-
-
-def _fetch_safetensors(name: str, repository: str, filename: str | None) -> None:
-    """Have the weights in the hub's cache as safetensors, so that timm does not fall back to a pickle."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    place, _, revision = repository.partition("@")
-    # OSError, and whatever the HTTP library raises that this version of the hub is built on.
-    unreachable: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
-    wanted = [f"{Path(filename).stem}.safetensors"] if filename else ["model.safetensors", "pytorch_model.safetensors"]
-    for candidate in wanted:
-        try:
-            hf_hub_download(place, candidate, revision=revision or None)
-            return
-        except HFValidationError:
-            raise UsageError(f"{name}: {place!r} is no name on the hub; expected hf-hub:ORG/NAME[@REVISION]") from None
-        except LocalEntryNotFoundError as error:  # the network failed, or is not to be used
-            raise _explain(name, error) from None
-        except EntryNotFoundError:
-            continue
-        except unreachable as error:
-            raise _explain(name, error) from None
-    raise RefusedError(f"{name}: {place} has no {' or '.join(wanted)}; pickled weights are not loaded")
-
-
-def _explain(name: str, error: BaseException) -> WsiBrushError:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return MachineError(
-            f"{name}: access is gated; ask for it on the model's page, then log in with `hf auth login`"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return UsageError(f"{name}: no such model on the hub, or it is private and you are not logged in")
-    return MachineError(
-        f"{name}: its weights are not in the local cache and cannot be fetched ({type(error).__name__}); "
-        "connect once, copy the cache here and set HF_HOME, or use the bundled encoder"
-    )
-
-
 # pieces -------------------------------------------------------------------------------------------
 
 
-def _hash_state(network: nn.Module) -> str:
-    """SHA-256 of names, shapes and values, in the order of the names."""
-    digest = hashlib.sha256()
+def _hash_state(network: nn.Module, around: Any = None) -> str:
+    """SHA-256 of names, shapes and values, in the order of the names, and of what is done `around` the network."""
+    digest = hashlib.sha256() if around is None else hashlib.sha256(json.dumps(around, sort_keys=True).encode())
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

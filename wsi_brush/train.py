@@ -27,6 +27,7 @@ from .coordinates import KIND as PACK
 from .coordinates import TRAIN_UNTIL, CoordinateSampler, TrainingPack, build_pack
 from .denoiser import Denoiser, DenoiserConfig
 from .diffusion import Ladder
+from .embed import terms_of
 from .encoder import load_encoder
 from .errors import MachineError, RefusedError, UsageError
 from .field import mollifier_radius
@@ -38,9 +39,11 @@ from .recipe import Data, Model, Rival, TrainConfig
 from .scenes import Scenes
 from .scratch import hold
 from .slide import open_slide
+from .zoo import terms_line
 
 Tell = Callable[[str], None]
 CPU = torch.device("cpu")
+_SOMETIMES = ("labels", "everywhere", "encoder_terms")  # what only some packs say, and older ones do not
 
 
 def train_brush(
@@ -93,6 +96,8 @@ def _pack(data: Data, work: Path, slides: Path, tell: Tell, device: torch.device
     sources = [source.model_dump() for source in named]
     labels = [source.label for source in named if source.label is not None]
     encoder = Labels.of(labels) if data.encoder == LABELS else load_encoder(data.encoder, device=str(device))
+    if (line := terms_line(encoder.name, **terms_of(encoder))) is not None:
+        tell(line)
     found = read_manifest(path) if path.is_dir() else None
     if found is None:
         tell(f"decoding and embedding {len(named)} slides into {path}")
@@ -279,7 +284,7 @@ class Training:
     def brush(self) -> Brush:
         """The averaged weights as a brush."""
         about = {name: self.pack.about[name] for name in ("encoder", "fingerprint", "tile", "embeddings")}
-        about |= {name: self.pack.about[name] for name in ("labels", "everywhere") if name in self.pack.about}
+        about |= {name: self.pack.about[name] for name in _SOMETIMES if name in self.pack.about}
         own = {} if isinstance(self.denoiser, System) else {"objective": self.config.optimisation.objective}
         about |= own | self.config.card
         about |= {"training": {"steps": self.number, "minutes": round(self.seconds / 60, 1)}}

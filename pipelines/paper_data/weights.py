@@ -1,9 +1,10 @@
 """Published weights in the layout of `load_encoder`: `weights.py uni pytorch_model.bin -o uni.safetensors`.
 
-UNI and CTransPath are published as pickles, which wsi-brush does not load: a pickle can run code. This script reads
-tensors alone (PyTorch's `weights_only`) or safetensors, gives them the names that timm has for them today, writes them
-as safetensors with a description (JSON) beside, and loads the encoder once to see that every tensor has its place.
-Nothing is fetched; get the file from where the encoder's authors give it, under their terms.
+UNI, CTransPath and others (`--help` names them) are published as pickles, which wsi-brush does not load: a pickle can
+run code. This script reads tensors alone (PyTorch's `weights_only`) or safetensors, gives them the names that timm has
+for them today, writes them as safetensors with a description (JSON) beside, and loads the encoder once to see that
+every tensor has its place. Nothing is fetched here: `wsi-brush models fetch NAME` does that, under the terms of its
+authors, and says where to write what is made of it, so that it is found by name.
 """
 
 from __future__ import annotations
@@ -24,27 +25,10 @@ from torch import Tensor
 from wsi_brush.commit import sha256_of
 from wsi_brush.encoder import load_encoder
 from wsi_brush.errors import RefusedError, UsageError, WsiBrushError
+from wsi_brush.zoo import entries
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-ENCODERS: dict[str, dict[str, Any]] = {
-    "uni": {
-        "architecture": "vit_large_patch16_224",
-        "kwargs": {"img_size": 224, "init_values": 1e-5, "num_classes": 0, "dynamic_img_size": True},
-        "tile": 224,
-        "dim": 1024,
-        "licence": "CC BY-NC-ND 4.0",
-        **IMAGENET,
-    },
-    "ctranspath": {
-        "architecture": "swin_tiny_patch4_window7_224",
-        "kwargs": {"num_classes": 0},
-        "stem": "convolutional",
-        "tile": 224,
-        "dim": 768,
-        "licence": "GPL-3.0",
-        **IMAGENET,
-    },
-}
+ENCODERS: dict[str, dict[str, Any]] = {entry.id: entry.description for entry in entries() if entry.pickled}
+"""Those of `wsi_brush/zoo.toml` that are published as pickles, as they are described beside their weights."""
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -60,7 +44,8 @@ def read(path: Path) -> dict[str, Tensor]:
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UsageError(f"{path}: no file of tensors that is safe to read ({reason})") from None
-    found = found.get("model", found) if isinstance(found, dict) else found
+    for inside in ("model", "state_dict"):
+        found = found.get(inside, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UsageError(f"{path}: holds more than tensors by name; expected the weights of an encoder")
     return found
@@ -71,7 +56,8 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     that follow from the sizes are not kept, nor is the head of a pretext task."""
     old = "layers.0.downsample.reduction.weight" in tensors
     found = {}
-    for name, value in tensors.items():
+    for published, value in tensors.items():
+        name = published.removeprefix("module.")
         if name.startswith("head.") or name.rpartition(".")[2] in ("relative_position_index", "attn_mask"):
             continue
         if old:
@@ -92,9 +78,10 @@ def convert(name: str, source: Path, target: Path) -> None:
     if target.exists() or beside.exists():
         raise RefusedError(f"{target}: it or {beside.name} exists; choose another name")
     tensors = renamed(read(source))
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file(tensors, target)
-        about = {"name": name, **ENCODERS[name], "sha256": sha256_of(target)}
+        about = {**ENCODERS[name], "sha256": sha256_of(target)}
         beside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         load_encoder(str(target))
     except WsiBrushError:
@@ -113,7 +100,7 @@ def main() -> None:
         convert(arguments.encoder, arguments.weights, arguments.out)
     except WsiBrushError as error:
         sys.exit(str(error))
-    print(f'{arguments.out}: use it as encoder = "{arguments.out}"')
+    print(f'{arguments.out}: use it as encoder = "{arguments.out}"; as "{arguments.encoder}", where models fetch said')
 
 
 if __name__ == "__main__":

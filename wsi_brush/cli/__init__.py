@@ -23,12 +23,14 @@ from typer.core import TyperCommand
 from .. import __version__
 from ..errors import UsageError
 from . import files, plans
-from .manners import Shown, errors, interrupted, prepare, print_figures, print_plan, print_table, say
+from .manners import Shown, errors, interrupted, prepare, print_figures, print_plan, print_table, say, say_terms
+from .models import models
 from .options import AssumeMpp, Debug, DryRun, ForceMpp, Json, Overwrite, Quiet, Threads
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-_ENCODERS = "bundled, timm:NAME, hf-hub:ORG/NAME or a .safetensors file"
+_ENCODERS = "a name of `models list`, timm:NAME, hf-hub:ORG/NAME or a .safetensors file"
+app.add_typer(models, name="models")
 
 
 @app.callback(invoke_without_command=True)
@@ -67,6 +69,8 @@ def embed(
 
         prepare(threads)
         loaded = load_encoder(encoder)
+        if not quiet:
+            say_terms(loaded)
         if dry_run:
             print_plan(plans.plan_embedding(loaded, slides, out, assume_mpp, force_mpp, tissue), json_)
             return

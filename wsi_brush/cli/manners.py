@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from ..embed import SlideReport
+    from ..encoder import Encoder
 
 
 @contextmanager
@@ -51,6 +52,15 @@ def _says_no_memory(error: RuntimeError) -> bool:
 def say(line: str) -> None:
     """One line on stderr, whatever is in it."""
     typer.echo(f"wsi-brush: {' '.join(line.split())}", err=True)
+
+
+def say_terms(encoder: Encoder) -> None:
+    """What its licence asks, where it is not a free one."""
+    from ..zoo import terms_line
+
+    line = terms_line(encoder.name, **encoder.terms)
+    if line is not None:
+        say(line)
 
 
 def interrupted() -> NoReturn:
