@@ -15,7 +15,7 @@ from wsi_brush.zoo import Entry, entries, find, is_free, nearest, terms_line
 
 HERE = ("bundled", "judge")
 KNOWN = {
-    "bundled", "judge", "resnet50", "uni", "uni2-h", "ctranspath", "phikon", "phikon-v2", "virchow", "virchow2", "gigapath",
+    *HERE, "resnet50", "uni", "uni2-h", "ctranspath", "phikon", "phikon-v2", "virchow", "virchow2", "gigapath",
     "gigapath-flash", "h-optimus-0", "h-optimus-1", "h0-mini", "hibou-b", "hibou-l", "gpfm", "midnight", "lunit-vits8",
     "conch", "kaiko-vits16", "kaiko-vits8", "kaiko-vitb16", "kaiko-vitb8", "kaiko-vitl14",
 }  # fmt: skip
