@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
         for column, one in enumerate(tiles):
             left = GAP + column * (SIDE + GAP)
             theirs, ours = sides.real[one["real"]], sides.synthetic[one["synthetic"]]
-            words = f"{mpp} µm, {one['cosine']:.2f}, {theirs.name.split('_')[0]}"
+            words = f"mpp {mpp}: {one['cosine']:.2f}, {theirs.name.split('_')[0]}"
             draw.text((left, top + 6), words, fill=(0, 0, 0))
             for line, (field, place) in enumerate(((theirs, one["there"]), (ours, one["place"]))):
                 tile = field.slide.read(Grid(float(mpp), *place, first["tile"], first["tile"]))
