@@ -109,8 +109,8 @@ class Brush:
         return Tissue.everywhere(slide.grid.at(PITCH)) if self.everywhere else find_tissue(slide)
 
     def standardised(self, mpp: float, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embeddings (..., dim) of a pitch in units of their spread over the training data, within the `limit` that it
-        was trained with (brushes before 0.7.0: none)."""
+        """Embeddings (..., dim) of a pitch in units of their spread over the training data, within its `limit` where it
+        has one (trained by 0.7.0 or later, and the bundled one, which was given it afterwards)."""
         moments = self.about["embeddings"][f"{mpp:g}"]
         mean, std = (np.asarray(moments[name], np.float32) for name in ("mean", "std"))
         limit = np.float32(moments.get("limit", np.inf))

@@ -1,7 +1,7 @@
 """A tile becomes a vector.
 
 One path for every encoder: `load_encoder` turns a name into weights, a description and a timm network, and an
-`Encoder` is all three. The bundled one is small and needs no download; those of the table (`zoo`) are known by name;
+`Encoder` is all three. Two small ones are bundled and need no download; those of the table (`zoo`) are known by name;
 others come from timm, from the Hugging Face hub, or from a local safetensors file with a description (JSON) of the same
 layout beside it:
 
@@ -34,12 +34,11 @@ from .backbone import Pooled, build, from_transformers, without_head
 from .commit import sha256_of
 from .errors import MachineError, RefusedError, UsageError
 from .machine import find_device
-from .zoo import Entry, find, nearest
+from .zoo import HERE, Entry, find, nearest
 
 BUNDLED = Path(__file__).parent / "weights" / "encoder.safetensors"
 JUDGE = BUNDLED.with_name("judge.safetensors")
 """Another small encoder, which no bundled brush is conditioned on, to judge their paintings with."""
-_HERE = {"bundled": BUNDLED, "judge": JUDGE}
 MICRO_BATCH = 32
 """Tiles seen at once, always: an embedding then never depends on which tiles came along."""
 
@@ -110,7 +109,7 @@ class Encoder:
 
     @property
     def terms(self) -> dict[str, str | None]:
-        """Its licence, and what its terms ask of what is made from its embeddings: recorded with all of that."""
+        """Its licence, and what its terms ask of what is made from its embeddings: it stands in stores and brushes."""
         return {"licence": self.about.licence, "outputs": self.about.outputs}
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -174,8 +173,8 @@ def load_encoder(name: str = "bundled", *, device: str = "cpu") -> Encoder:
             f"{name!r} is no encoder{hint}; expected bundled, another name of `wsi-brush models list`, timm:NAME, "
             "hf-hub:ORG/NAME or PATH.safetensors"
         )
-    if entry.id in _HERE:
-        path = _HERE[entry.id]
+    if entry.id in HERE:
+        path = BUNDLED.with_name(HERE[entry.id]).with_suffix(".safetensors")
         if not path.is_file():
             raise MachineError(f"{path}: it should be bundled and is missing; install wsi-brush again")
         return _load_file(path, name=entry.id, device=device)

@@ -21,7 +21,7 @@ PITCH_TOLERANCE = 0.05
 """How far the pitch of foreign tiles may be from the brush's: TRIDENT's are as nominal as its magnifications."""
 
 _OFF = 0.01  # sides of a tile from its cell on the lattice; STAMP's corners are float32
-_MOST = 1 << 22  # cells of a lattice: 13 x 13 cm in tiles of 64 µm
+_MOST = 1 << 30  # numbers of a map, 4 GB: 5.5 x 5.5 cm in tiles of 64 µm with 1,536 each
 _FRAME = ("top", "left", "height", "width")
 
 
@@ -72,7 +72,7 @@ def read_h5(path: Path | str, *, slide_mpp: float | None = None) -> Foreign:
     cells = _cells(path, coords[:, ::-1] * scale.unit / scale.pitch, _OFF + scale.rounded / scale.pitch)
     lattice = own or _around(cells, scale.pitch)
     inside = (cells >= (lattice.top, lattice.left)) & (cells < (lattice.bottom, lattice.right))
-    if not inside.all() or lattice.height * lattice.width > _MOST:
+    if not inside.all() or lattice.height * lattice.width * values.shape[1] > _MOST:
         raise RefusedError(
             f"{path}: tiles are spread over {lattice.height} x {lattice.width} cells, no slide; export it again"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 
 from .commit import sha256_of
 from .errors import MachineError, RefusedError, UsageError, WsiBrushError
@@ -181,7 +182,7 @@ def state_of(entry: Entry) -> str:
 def _convert(entry: Entry, path: Path) -> str:
     return (
         f"{path.name} is a pickle, which is not loaded; make safetensors of it once, from a checkout: "
-        f"python pipelines/paper_data/weights.py {entry.id} {path} -o {converted(entry)}"
+        f"python pipelines/paper_data/weights.py {entry.id} {quote(str(path))} -o {quote(str(converted(entry)))}"
     )
 
 

@@ -277,12 +277,14 @@ def _is_ours(path: Path, to: Format) -> bool:
     """Whether a file is one that `export_store` wrote in this format."""
     try:
         if to == "geojson":
-            return "wsi_brush" in json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return found.get("type") == "FeatureCollection" and "wsi_brush" in found
         if to == "parquet":
             return b"wsi_brush" in (library("pyarrow.parquet", to).read_schema(path).metadata or {})
         with library("h5py", to).File(path, "r") as file:
-            return "wsi_brush" in (file.get("uns", ()) if to == "anndata" else file.attrs)
-    except (OSError, ValueError, TypeError):  # also what pyarrow raises of a foreign file
+            own = {"trident-h5": "features", "stamp-h5": "feats", "anndata": "X"}[to] in file
+            return own and "wsi_brush" in (file.get("uns", ()) if to == "anndata" else file.attrs)
+    except (OSError, ValueError, TypeError, AttributeError):  # also what pyarrow raises of a foreign file
         return False
 
 

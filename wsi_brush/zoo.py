@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 _TABLE = Path(__file__).with_name("zoo.toml")
-_HERE = {"bundled": "encoder.json", "judge": "judge.json"}  # in weights/, beside the weights
+HERE = {"bundled": "encoder.json", "judge": "judge.json"}
+"""The descriptions of the encoders in the package, in `weights`."""
 _FREE = ("mit", "apache", "bsd", "cc0", "cc by 4.0", "cc-by-4.0", "gpl", "lgpl", "agpl", "public domain", "unlicense")
 
 Pooling = Literal["cls", "cls+mean", "layer3", "own"]
@@ -86,7 +87,7 @@ class Entry:
 
 @cache
 def entries() -> tuple[Entry, ...]:
-    """All encoders of the table, the bundled one first."""
+    """All encoders of the table, the bundled ones first."""
     table = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
     found = []
     for name, own in table["encoders"].items():
@@ -124,7 +125,7 @@ def terms_line(name: str, licence: str | None, outputs: str | None) -> str | Non
     if outputs is None and is_free(licence) is not False:
         return None
     also = f"; {outputs}" if outputs else ""
-    return f"encoder {name}: licence {licence or 'not known'}{also}; it is recorded with what is made, and binds you"
+    return f"encoder {name}: licence {licence or 'not known'}{also}; it stands in stores and brushes, and binds you"
 
 
 @cache
@@ -137,6 +138,6 @@ def _plain(name: str) -> str:
 
 
 def _bundled(name: str) -> dict[str, Any]:
-    about = json.loads(_TABLE.with_name("weights").joinpath(_HERE[name]).read_text(encoding="utf-8"))
+    about = json.loads(_TABLE.with_name("weights").joinpath(HERE[name]).read_text(encoding="utf-8"))
     found = {key: about[key] for key in ("tile", "dim", "mean", "std", "sha256", "licence", "architecture")}
     return found | {"mpp": about.get("training", {}).get("mpp")}

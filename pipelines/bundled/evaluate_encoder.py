@@ -4,7 +4,7 @@ Only the held-out right quarter of every slide is looked at (decoded by train_en
 same tiles, with differences of the same tiles as well:
 
     trained     the encoder as it is loaded, cosine
-    first       with `--first`: the encoder that is to be replaced, cosine
+    first       with `--first`: another encoder to compare with, cosine
     untrained   the same network as timm initialises it, standardised on the same kind of training tiles, cosine
     histogram   8 x 8 x 8 RGB, Hellinger distance
 
@@ -295,8 +295,8 @@ def readable(
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--encoder", required=True, help="bundled, or a local safetensors file")
-    parser.add_argument("--first", help="the encoder that is to be replaced, as --encoder")
+    parser.add_argument("--encoder", required=True, help="a name, or a local safetensors file")
+    parser.add_argument("--first", help="another encoder to compare with, as --encoder")
     parser.add_argument("--slides", type=Path, default=Path())
     parser.add_argument("--work", type=Path, required=True, help="the work folder of train_encoder.py")
     parser.add_argument("--config", type=Path, default=here / "encoder.toml")

@@ -350,7 +350,7 @@ def write_weights(training: Training, sampler: Sampler, folder: Path) -> None:
         "std": config["std"],
         "dim": training.dim,
         "sha256": sha256_of(partial),
-        "licence": "MIT (weights); data: see encoder.md",
+        "licence": f"MIT (weights); data: see {config.get('card', 'encoder.md')}",
         "training": {
             "method": "VICReg",
             "mpp": config["data"]["mpp"],
@@ -384,7 +384,7 @@ def train(config: dict[str, Any], pictures: list[Picture], work: Path, out: Path
             views = make_views(sampler.pairs(how["pairs"]), size, config, generator)
         for group in training.optimiser.param_groups:
             group["lr"] = training.rate()
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=how["precision"] == "bfloat16"):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=how.get("precision") == "bfloat16"):
             embeddings = training.network(views)
         embeddings = embeddings.float()
         terms = vicreg(*training.expander(embeddings).chunk(2))

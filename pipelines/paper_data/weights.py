@@ -84,9 +84,9 @@ def convert(name: str, source: Path, target: Path) -> None:
         about = {**ENCODERS[name], "sha256": sha256_of(target)}
         beside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         load_encoder(str(target))
-    except WsiBrushError:
-        target.unlink()
-        beside.unlink()
+    except BaseException:  # also Ctrl-C: what is left would count as ready
+        target.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 

@@ -10,11 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from .manners import errors, prepare, say
+from .options import Debug, Json
 
 models = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="Encoders by name.")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Name = Annotated[str, typer.Argument(help="A name of `models list`, timm:NAME or hf-hub:ORG/NAME.")]
 _UNKNOWN = "not known"
 
@@ -38,7 +37,7 @@ def list_(json_: Json = False, debug: Debug = False) -> None:
 
 @models.command()
 def fetch(name: Name, json_: Json = False, debug: Debug = False) -> None:
-    """Fetch the weights of an encoder into the cache of the Hugging Face hub: the one command that needs a network."""
+    """Fetch the weights of an encoder into the hub's cache: the one command for encoders that needs a network."""
     with errors(debug):
         from ..hub import fetch as fetch_weights
 
