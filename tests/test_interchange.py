@@ -202,6 +202,21 @@ def test_no_tissue_is_a_file_without_tiles(tmp_path: Path, to: Format) -> None:
         assert marks(tmp_path / "out", to)[0] is True
 
 
+@pytest.mark.parametrize(("to", "other"), [("trident-h5", "stamp-h5"), ("stamp-h5", "trident-h5"), ("geojson", None)])
+def test_another_of_our_files_stays_too(
+    store: EmbeddingStore, tmp_path: Path, to: Format, other: Format | None
+) -> None:
+    target = tmp_path / "there"
+    if other is None:  # a report says which version wrote it
+        target.write_text(json.dumps({"wsi_brush": "0.7.0", "figures": 1}), encoding="utf-8")
+    else:
+        export_store(store, target, other)
+    before = target.read_bytes()
+    with pytest.raises(RefusedError, match=f"is no {to} file of wsi-brush"):
+        export_store(store, target, to, overwrite=True)
+    assert target.read_bytes() == before
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_what_stands_there_stays_unless_it_is_ours(store: EmbeddingStore, tmp_path: Path, to: Format) -> None:
     target = tmp_path / "there"
