@@ -62,7 +62,7 @@ def test_out_and_in_again(store: EmbeddingStore, tmp_path: Path, to: Any, mpp: f
     assert (one.encoder, one.weights, one.synthetic) == ("bundled", "f" * 64, False)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(mpp=st.floats(0.1, 4.0), down=st.floats(0.1, 4.0))
 def test_rounded_corners_find_their_cell(tmp_path_factory: pytest.TempPathFactory, mpp: float, down: float) -> None:
     """TRIDENT's corners are whole level-0 pixels, whatever the pixel size, also where height and width differ."""
