@@ -186,7 +186,7 @@ def load_encoder(name: str = "bundled", *, device: str = "cpu") -> Encoder:
 
 def _load_file(path: Path, *, name: str | None, device: str) -> Encoder:
     described = _read_description(path)
-    digest = _checked(path)
+    digest = _checked(path, described)
     if described.get("package") == "conch":
         return _load_conch(described, path, device=device)
     return _assemble(described | {"name": name or described["name"]}, path, device=device, digest=digest)
@@ -195,12 +195,9 @@ def _load_file(path: Path, *, name: str | None, device: str) -> Encoder:
 def _load_entry(entry: Entry, *, device: str) -> Encoder:
     path, described = hub.weights_of(entry), entry.description
     if path == hub.converted(entry):
-        _checked(path)
-        return (
-            _assemble(described, path, device=device)
-            if entry.package is None
-            else _load_conch(described, path, device=device)
-        )
+        _checked(path, _read_description(path))
+        load = _assemble if entry.package is None else _load_conch
+        return load(described, path, device=device)
     if entry.architecture is None:
         published = _read_json(path.with_name("config.json"))
         given = {key: value for key, value in published.get("model_args", {}).items() if key != "global_pool"}
@@ -257,9 +254,9 @@ def _about(described: dict[str, Any], digest: str) -> About:
     )
 
 
-def _checked(path: Path) -> str:
+def _checked(path: Path, described: dict[str, Any]) -> str:
     """The digest of a local file, if it is the one in its description."""
-    digest, expected = sha256_of(path), str(_read_description(path)["sha256"])
+    digest, expected = sha256_of(path), str(described["sha256"])
     if digest != expected:
         raise RefusedError(
             f"{path}: damaged or exchanged (sha256 {digest[:12]}, its description says {expected[:12]}); "
