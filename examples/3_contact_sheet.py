@@ -19,9 +19,10 @@ from wsi_brush.brush import load_brush
 from wsi_brush.encoder import load_encoder
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory
-from wsi_brush.paint import Painting
+from wsi_brush.pair import read_reference
 from wsi_brush.slide import open_slide
-from wsi_brush.synthesize import choose_canvas, read_reference, synthesize_slide
+from wsi_brush.stages import Painting
+from wsi_brush.synthesize import choose_canvas, synthesize_slide
 from wsi_brush.texture import octaves
 from wsi_brush.tissue import find_tissue
 

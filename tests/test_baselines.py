@@ -34,9 +34,9 @@ from wsi_brush.errors import RefusedError, UsageError, WsiBrushError
 from wsi_brush.field import NoiseField, mollify
 from wsi_brush.grid import Grid
 from wsi_brush.operators import TokenSet, attend
-from wsi_brush.paint import Painting
 from wsi_brush.recipe import Optimisation, Rival, TrainConfig, read_config
 from wsi_brush.slide import open_slide
+from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_slide
 from wsi_brush.train import train_brush
 

@@ -17,7 +17,7 @@ from wsi_brush.brush import Brush
 from wsi_brush.commit import sha256_of
 from wsi_brush.encoder import Encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
-from wsi_brush.paint import Painting
+from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_slide
 
 ENCODER = cast(Encoder, TileStatistics())

@@ -21,12 +21,12 @@ from wsi_brush.copying import limit
 from wsi_brush.errors import SlideError, UsageError
 from wsi_brush.grid import Grid
 from wsi_brush.nearest import PITCH, SIDE
-from wsi_brush.paint import Painting
 from wsi_brush.recipe import TrainConfig
 from wsi_brush.samples import Codec
 from wsi_brush.scenes import Scenes
 from wsi_brush.sides import Sides, open_sides
 from wsi_brush.slide import open_slide
+from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_slide
 from wsi_brush.train import Training
 

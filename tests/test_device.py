@@ -34,9 +34,10 @@ from wsi_brush.estimate import painting_seconds
 from wsi_brush.field import NoiseField, mollify
 from wsi_brush.grid import Grid
 from wsi_brush.objective import mollified_at
-from wsi_brush.paint import Painting, Run, Stage, paint_canvas, stages, wants_before, whole
+from wsi_brush.paint import Run, paint_canvas
 from wsi_brush.scenes import Images, Scenes, square
 from wsi_brush.splat import nodes
+from wsi_brush.stages import Painting, Stage, stages, wants_before, whole
 from wsi_brush.stream import CanvasDenoiser
 from wsi_brush.synthesize import synthesize_slide
 

@@ -170,7 +170,8 @@ def test_a_brush_paints_after_files_as_after_the_store(store: EmbeddingStore, tm
     import torch
     from conftest import make_brush
 
-    from wsi_brush.paint import Painting, paint_canvas
+    from wsi_brush.paint import paint_canvas
+    from wsi_brush.stages import Painting
 
     maps = read_conditions(exported(store, tmp_path), **BRUSH)
     brush, canvas = make_brush(dim=DIM, tile=TILE), Grid(0.5, 512, 512, 64, 64)

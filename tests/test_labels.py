@@ -25,9 +25,9 @@ from wsi_brush.coordinates import CoordinateSampler, TrainingPack
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.grid import Grid
 from wsi_brush.labels import Labels
-from wsi_brush.paint import Painting
 from wsi_brush.recipe import Data, SlideSource, TrainConfig, read_config
 from wsi_brush.slide import open_slide
+from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_label
 from wsi_brush.tissue import Tissue, find_tissue
 from wsi_brush.train import _pack, train_brush

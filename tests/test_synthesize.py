@@ -31,9 +31,11 @@ from wsi_brush.encoder import Encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
 from wsi_brush.estimate import painting_seconds
 from wsi_brush.grid import Grid
-from wsi_brush.paint import Painting, budget, evaluated_pixels, guidance_at, paint_canvas, stages, wants_before
+from wsi_brush.paint import paint_canvas
+from wsi_brush.pair import MARK, compare
 from wsi_brush.slide import Slide, open_slide
-from wsi_brush.synthesize import MARK, as_pixels, choose_canvas, compare, synthesize_slide
+from wsi_brush.stages import Painting, budget, evaluated_pixels, guidance_at, stages, wants_before
+from wsi_brush.synthesize import as_pixels, choose_canvas, synthesize_slide
 from wsi_brush.tissue import Tissue, find_tissue
 
 ENCODER = cast(Encoder, TileStatistics())

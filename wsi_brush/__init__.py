@@ -41,10 +41,12 @@ The modules, in the order of the data; a module imports only what stands above i
     recipe        what a training run is made of: a TOML file, checked
     train         verb: pack -> brush
     stream        one denoising step over a canvas of any size, tile by tile
+    stages        a painting as a list of stages, and the memory that it takes
     paint         all steps of all pitches: a canvas from noise to image
     estimate      how long a painting will take here
     cluster       the tiles of a sweep on a Dask cluster
     pyramid       Pyramid: an OME-Zarr slide being written
+    pair          a painting beside its reference: how close it is, and both as one picture
     synthesize    verb: brush + reference -> pyramid
     samples       what is looked at when slides are compared: tiles at chosen places
     sides         the two sides that are compared, and which synthetic slide follows which real one

@@ -27,8 +27,9 @@ from .brush import Brush, load_brush, save_brush
 from .commit import write_json
 from .errors import MachineError, RefusedError, UsageError, WsiBrushError
 from .grid import Grid
-from .paint import Painting, Run, Stage, stages, write_tile
+from .paint import Run, write_tile
 from .scratch import CHUNK, Plane, open_plane
+from .stages import Painting, Stage, stages
 from .store import EmbeddingMap
 from .stream import CanvasDenoiser
 

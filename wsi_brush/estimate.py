@@ -14,7 +14,7 @@ from .embed import TileEncoder
 from .encoder import Encoder
 from .grid import Grid
 from .machine import check_precision, find_device, wait_for
-from .paint import Painting, budget, guidance_at, stages, whole
+from .stages import Painting, budget, guidance_at, stages, whole
 from .store import EmbeddingMap
 from .stream import CanvasDenoiser, Seen, side_by_side, threads_for, tiles_of
 

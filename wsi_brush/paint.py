@@ -1,19 +1,15 @@
-"""All steps of all pitches: a canvas from noise to image, in memory or on disk, and on from where it was.
-
-A painting is a list of stages, each a function of the state before it: the noise it starts from, a move of the solver,
-a change to the next finer pitch. So the number of stages that are done and the state after them are all that a run is.
-"""
+"""All steps of all pitches: a canvas from noise to image, in memory or on disk, and on from where it was."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,50 +19,37 @@ from torch.nn import functional
 
 from .baselines import System
 from .brush import Brush
-from .denoiser import NODE, DenoiserConfig
-from .diffusion import Ladder, Move, Solver, finer, moves, ramped
+from .diffusion import Move, finer, ramped
 from .errors import UsageError
 from .field import NoiseField
 from .grid import Grid
-from .machine import Precision, check_precision, find_device, full_device_said, release_memory
-from .progress import Tell, Told
+from .machine import check_precision, find_device, full_device_said, release_memory
+from .progress import StoppedError, Tell, Told
 from .scratch import CHUNK, Plane, Work, check_room, new_plane
+from .stages import (
+    BASE,
+    Painting,
+    Stage,
+    budget,
+    evaluated_pixels,
+    guidance_at,
+    kept,
+    pixels_of,
+    stages,
+    state_bytes,
+    wants_before,
+    whole,
+)
 from .store import EmbeddingMap
-from .stream import TILE, CanvasDenoiser, on_host, read_plane, side_by_side, threads_for, tiles_of
+from .stream import CanvasDenoiser, on_host, read_plane, side_by_side, threads_for, tiles_of
 
 SAVE_EVERY = 60.0
 """Seconds between two generations on disk of a state that is in memory."""
-_GUIDED_FROM = 0.6  # noise of a mean over 1 µm²; below, guidance changed nothing that was seen, and takes more time
-_RETOUCHED_BELOW = 0.1  # noise of a pixel; a mean over 8 x 8 of them then carries 0.0125, and shows nothing new
-_RETOUCHES = 3  # at most, one after another
-_PIXEL = 12  # bytes of one pixel of a plane
-_BASE = 1_200_000_000  # bytes of a process that has torch, brush, encoder and the slide's libraries loaded
-_WINDOWS = 240, 300  # bytes that the operator takes for a pixel of its window, measured from 640 to 1280 pixels a side
-_CARRIED = 160  # of a pixel of a window that a GPU is given: it, what was before, and results of three tiles, twice
-_SCARCE = 3 * 10**9  # bytes; of less, large activations go back to the system at once, which takes a fifth more time
 
 
-@dataclass(frozen=True)
-class Painting:
-    """What is to be painted, and how.
-
-    `region`: (top, left, height, width) in level-0 pixels of the reference; else the `size` x `size` pixels at
-    `mpp` with the most tissue. `guidance` is for high noise. `memory`: bytes of the host that all of it may take; a
-    state that does not fit is on disk. `device`: cpu, cuda or cuda:N; `precision`: of products there, grid level apart.
-    """
-
-    size: int = 4096
-    region: tuple[int, int, int, int] | None = None
-    mpp: float = 0.5
-    seed: int = 0
-    steps: int = 20
-    guidance: float = 2.0
-    solver: Solver = "2m"
-    tile: int = TILE
-    progressive: bool = True
-    memory: int = 4 * 10**9
-    device: str = "cpu"
-    precision: Precision = "float32"
+Show = Callable[[float, Plane], None]
+"""Called with a pitch (µm) and what the whole canvas (`stages.whole`) looks like there so far: (3, rows, columns) in
+about [-1, 1]. First at coarse pitches, last with what was painted; the plane is the painting's own, not to be kept."""
 
 
 class Hands(Protocol):
@@ -83,113 +66,6 @@ class Hands(Protocol):
         ...
 
 
-class Stage(NamedTuple):
-    """One part of a painting: at a pitch (level of the ladder), a move, or without one the entry to the pitch."""
-
-    level: int
-    mpp: float
-    sigma: float  # of the state before it; where it enters the first pitch, of the noise
-    move: Move | None
-    plain: bool = False  # keeps its evaluation without guidance, for the next one has none to be compared with
-    retouches: tuple[Move, ...] = ()  # moves that follow at once, with what is deeper than 4 pixels kept
-
-
-def stages(ladder: Ladder, painting: Painting) -> list[Stage]:
-    """The stages of a painting; `ladder` starts at the canvas's pitch."""
-    found: list[Stage] = []
-    sigma, before = 0.0, None
-    for index, rung in enumerate(ladder.rungs(painting.steps, progressive=painting.progressive)):
-        level = ladder.pitches.index(rung.mpp)
-        found.append(Stage(level, rung.mpp, sigma if index else rung.sigmas[0], None))
-        steps = moves(rung.sigmas, painting.solver, stream=1000 * (index + 1), before=before)
-        found += [Stage(level, rung.mpp, move.sigma, move) for move in steps]
-        sigma, before = rung.sigmas[-1], 2 * steps[-1].sigma
-    following = found[-1]
-    for index in range(len(found) - 1, -1, -1):
-        stage = found[index]
-        if stage.move is not None:
-            found[index] = stage._replace(plain=guidance_at(painting, stage) != guidance_at(painting, following))
-            following = stage
-    return _with_retouches(found, painting)
-
-
-def _with_retouches(todo: list[Stage], painting: Painting) -> list[Stage]:
-    """Moves at next to no noise made part of the stage before them."""
-    found: list[Stage] = []
-    for stage in todo:
-        last = found[-1] if found else stage
-        if (
-            stage.move is not None and stage.sigma < _RETOUCHED_BELOW and guidance_at(painting, stage) == 1
-            and last.move is not None and len(last.retouches) < _RETOUCHES
-        ):  # fmt: skip
-            found[-1] = last._replace(retouches=(*last.retouches, stage.move))
-        else:
-            found.append(stage)
-    return found
-
-
-def reach(config: DenoiserConfig) -> int:
-    """Pixels around a tile that a stage reads at most."""
-    return config.halo + _RETOUCHES * config.retouch_halo
-
-
-def wants_before(stage: Stage) -> bool:
-    """Whether a stage reads the last evaluation: a finer pitch begins with its slopes, a multistep move with itself."""
-    return stage.move is None or stage.move.old != 0
-
-
-def guidance_at(painting: Painting, stage: Stage) -> float:
-    """How strongly the embeddings are followed at a stage: guidance is for what they decide, not for fine detail.
-
-    Kynkäänniemi et al. (2024) found the same for low noise levels.
-    """
-    return painting.guidance if stage.sigma * stage.mpp >= _GUIDED_FROM else 1.0
-
-
-def whole(canvas: Grid, ladder: Ladder) -> Grid:
-    """The canvas grown until every pitch of the ladder sees whole blocks of it."""
-    return canvas.rounded(32 << (len(ladder.pitches) - 1))
-
-
-def evaluated_pixels(ladder: Ladder, canvas: Grid, painting: Painting) -> int:
-    """Pixels that the denoiser is asked about, over all stages; `ladder` starts at the canvas's pitch."""
-    area = whole(canvas, ladder)
-    return sum(_pixels(area.level(stage.level)) for stage in stages(ladder, painting) if stage.move)
-
-
-def state_bytes(canvas: Grid, ladder: Ladder) -> int:
-    """What the state takes at most: x and the evaluation before, each old and new, and the grid level."""
-    return round(_pixels(whole(canvas, ladder)) * (4 * _PIXEL + 2.5))
-
-
-def kept(memory: int) -> int | None:
-    """Bytes of the largest activation that is kept for the next (`machine.keep_memory`), within so much memory: all, or
-    where memory is scarce those of a band."""
-    return 4 * 2**20 if memory < _SCARCE else None
-
-
-def budget(painting: Painting, config: DenoiserConfig) -> tuple[int, int]:
-    """Side of the tiles, and bytes that are left for the state, within the memory that the painting may take.
-
-    Raises:
-        UsageError: if it is too little for the smallest tile.
-    """
-    sides = [side for side in (1024, 768, 512, 256, 128) if side <= painting.tile] or [painting.tile]
-    window = _WINDOWS[kept(painting.memory) is None]
-    if not painting.device.startswith("cpu"):  # the operator takes the GPU's memory; as large as they are asked for
-        sides = [painting.tile, *(painting.tile // k for k in (2, 4) if painting.tile % (k * NODE) == 0)]
-        window = _CARRIED
-    threads = threads_for(torch.device(painting.device)) or torch.get_num_threads()
-    needs = [_BASE + threads * window * (side + 2 * reach(config)) ** 2 for side in sides]
-    for side, need in zip(sides, needs, strict=True):
-        if need <= painting.memory:
-            return side, painting.memory - need
-    raise UsageError(
-        f"--max-memory {painting.memory / 1e9:g}GB is too small for one tile; give {needs[-1] / 1e9 + 0.01:.2f}GB or "
-        "more, or fewer --threads"
-    )
-
-
 def check_rival(rival: System, canvas: Grid, painting: Painting) -> None:
     """Whether the canvas of one of `baselines` fits the memory that the painting may take, which is the device's too.
 
@@ -198,7 +74,7 @@ def check_rival(rival: System, canvas: Grid, painting: Painting) -> None:
     """
     if painting.precision != "float32":
         raise UsageError(f"{rival.name} paints in float32; leave out --precision {painting.precision}")
-    need = _BASE + rival.bytes_for(canvas)
+    need = BASE + rival.bytes_for(canvas)
     if need > painting.memory:
         raise UsageError(
             f"{rival.name} holds all of {canvas.height} x {canvas.width} pixels in memory, {need / 1e9:.2f} GB, and "
@@ -225,13 +101,14 @@ def _by_rival(
 
 def paint_canvas(
     brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, painting: Painting, *,
-    work: Work | None = None, hands: Hands | None = None, tell: Tell | None = None,
+    work: Work | None = None, hands: Hands | None = None, tell: Tell | None = None, show: Show | None = None,
 ) -> Plane:  # fmt: skip
     """Paint `canvas` (finest pitch): (3, height, width) or a little more, in about [-1, 1].
 
     With a work folder it goes on from the newest generation there, and the state is on disk where it is more than
     `painting.memory`; the plane that comes back may then lie there. `hands`: a cluster that does the tiles; then it is
-    on disk in any case. One of `baselines` paints by itself, in memory, and never goes on from a generation.
+    on disk in any case. One of `baselines` paints by itself, in memory, and never goes on from a generation, nor does
+    it `show` anything.
 
     Raises:
         UsageError: if the brush does not paint at that pitch, or the memory is too little.
@@ -255,7 +132,7 @@ def paint_canvas(
     else:
         planes = {name: read_plane(plane, Grid(1.0, 0, 0, *plane.shape[1:])).numpy() for name, plane in planes.items()}
     total = evaluated_pixels(ladder, canvas, painting)
-    painted = sum(_pixels(area.level(stage.level)) for stage in todo[:done] if stage.move)
+    painted = sum(pixels_of(area.level(stage.level)) for stage in todo[:done] if stage.move)
     run = Run(brush, maps, area, painting, work.folder / "grid" if work is not None and on_disk else None)
     run.count = Told(tell, "painting", total, done=painted).add
     saved = time.monotonic()
@@ -266,12 +143,14 @@ def paint_canvas(
                 with work.generation(number) as folder:
                     run.after(stage, planes, folder, keep=keep, number=number, hands=hands)
                 planes = (work.newest() or (0, {}))[1]
-                continue
-            planes, done = run.after(stage, planes, None, keep=keep), number
-            if work is not None and time.monotonic() - saved > SAVE_EVERY and number < len(todo):
+            else:
+                planes, done = run.after(stage, planes, None, keep=keep), number
+            if show is not None and (number == len(todo) or "image" in planes):
+                show(stage.mpp, planes.get("image", planes["x"]))
+            if work is not None and not on_disk and time.monotonic() - saved > SAVE_EVERY and number < len(todo):
                 work.save(number, planes)
                 saved = time.monotonic()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         if work is not None and not on_disk and planes:
             work.save(done, planes)  # if there is room; else the same command begins at the last one
         raise
@@ -333,7 +212,7 @@ class Run:
             done = self._here(stage, planes, found, tiles)
         for tile in done:
             if stage.move is not None:
-                self.count(_pixels(tile))
+                self.count(pixels_of(tile))
 
     def _here(
         self, stage: Stage, planes: Mapping[str, Plane], found: Mapping[str, Plane], tiles: list[Grid]
@@ -413,7 +292,3 @@ def write_tile(planes: Mapping[str, Plane], tile: Grid, values: Mapping[str, Ten
     """Write what is kept of a tile."""
     for name, plane in planes.items():
         plane[:, tile.top : tile.bottom, tile.left : tile.right] = on_host(values[name])
-
-
-def _pixels(grid: Grid) -> int:
-    return grid.height * grid.width

@@ -8,6 +8,10 @@ Tell = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 
+class StoppedError(Exception):
+    """Raised by a `Tell` to end what is being done, as Ctrl-C does: what can be gone on from is kept."""
+
+
 class Told:
     """Counts what is done of `total`, and tells."""
 

@@ -7,7 +7,6 @@ trained on classes has no reference: it is asked for a label.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,27 +22,26 @@ from . import __version__
 from .brush import Brush
 from .cluster import Cluster
 from .commit import check_target, staged
-from .embed import COVER, embed_region, slide_fingerprint
+from .embed import embed_region, slide_fingerprint
 from .encoder import Encoder
-from .errors import MachineError, RefusedError, UsageError
+from .errors import UsageError
 from .grid import Grid
 from .machine import check_precision, find_device, undisturbed
-from .paint import Painting, budget, check_rival, paint_canvas, whole
+from .paint import Show, check_rival, paint_canvas
+from .pair import check_picture, compare, write_pair
 from .progress import Tell
 from .pyramid import SHARD, Pyramid
 from .scratch import working
 from .slide import Slide, open_slide
+from .stages import Painting, budget, whole
 from .store import EmbeddingMap
 from .stream import read_plane
-from .tissue import PITCH, Tissue, tissue_mask
+from .tissue import Tissue
 
 if TYPE_CHECKING:
     from distributed import Client
 
 KIND = "pyramid"
-MARK = "right half: synthetic image, painted by wsi-brush; not for diagnosis"
-"""Stands in the comment of every picture of a pair."""
-_COMPARED = 64  # tiles of a pitch that are compared at most
 
 
 @dataclass(frozen=True)
@@ -155,12 +153,12 @@ def check_asked(brush: Brush, label: str | None, client: Client | None = None) -
 def synthesize_slide(
     reference: Path | str, target: Path | str, painting: Painting, *, brush: Brush, encoder: Encoder,
     assume_mpp: float | None = None, force_mpp: float | None = None, overwrite: bool = False, png: Path | None = None,
-    client: Client | None = None, tell: Tell | None = None,
+    client: Client | None = None, tell: Tell | None = None, show: Show | None = None,
 ) -> Painted:  # fmt: skip
     """Paint a new slide after a reference, as an OME-Zarr pyramid at `target`; killed, the same call goes on.
 
     `png`: also write the reference and the painting side by side there. `client`: a Dask cluster that paints the tiles;
-    its workers must see the folder of `target`.
+    its workers must see the folder of `target`. `show` sees the canvas while it is painted.
 
     Raises:
         UsageError, SlideError, RefusedError, MachineError: one line each, before the hours of work where possible.
@@ -180,7 +178,7 @@ def synthesize_slide(
         raise UsageError(f"{target}: is the reference itself; choose another output")
     check_target(target, kind=KIND, overwrite=overwrite)
     if png is not None:
-        _check_picture(png, overwrite=overwrite)
+        check_picture(png, overwrite=overwrite)
     tissue = brush.tissue_of(slide)
     canvas = choose_canvas(slide, painting, tissue)
     reference = slide_fingerprint(slide.path)
@@ -204,7 +202,7 @@ def synthesize_slide(
 
     _paint(
         target, canvas, maps, painting, brush=brush, parameters=parameters, about=about, overwrite=overwrite,
-        client=client, tell=tell,
+        client=client, tell=tell, show=show,
     )  # fmt: skip
     painted = open_slide(target)
     if png is not None:
@@ -215,7 +213,7 @@ def synthesize_slide(
 
 def synthesize_label(
     label: str, target: Path | str, painting: Painting, *, brush: Brush, overwrite: bool = False,
-    client: Client | None = None, tell: Tell | None = None,
+    client: Client | None = None, tell: Tell | None = None, show: Show | None = None,
 ) -> Painted:  # fmt: skip
     """Paint a square of a label, `painting.size` pixels a side, with a brush that was trained on labels; otherwise as
     `synthesize_slide`.
@@ -234,6 +232,7 @@ def synthesize_label(
         target, canvas, lambda: known.maps(label, area, pitches=brush.pitches), painting, brush=brush,
         parameters={"label": label, **_parameters(canvas, painting, brush)},
         about=_provenance(canvas, painting, brush) | {"label": label}, overwrite=overwrite, client=client, tell=tell,
+        show=show,
     )  # fmt: skip
     return Painted(target, None, canvas.shape, time.monotonic() - start, {})
 
@@ -241,7 +240,7 @@ def synthesize_label(
 def _paint(
     target: Path, canvas: Grid, find_maps: Callable[[], dict[float, EmbeddingMap]], painting: Painting, *,
     brush: Brush, parameters: dict[str, Any], about: dict[str, Any], overwrite: bool, client: Client | None,
-    tell: Tell | None,
+    tell: Tell | None, show: Show | None,
 ) -> None:  # fmt: skip
     """From what is asked for to the finished pyramid."""
     if brush.rival is not None:
@@ -253,7 +252,7 @@ def _paint(
             painting = replace(painting, tile=budget(painting, brush.denoiser.config)[0])
             area = whole(canvas, ladder)
             hands = Cluster(client, work.folder, brush=brush, maps=maps, area=area, painting=painting)
-        state = paint_canvas(brush, maps, canvas, painting, work=work, hands=hands, tell=tell)
+        state = paint_canvas(brush, maps, canvas, painting, work=work, hands=hands, tell=tell, show=show)
         with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
             pyramid = Pyramid(stage, canvas, about=about)
             for part in canvas.tiles(SHARD):
@@ -309,109 +308,3 @@ def _provenance(canvas: Grid, painting: Painting, brush: Brush) -> dict[str, Any
         **_sampling(painting, brush),
         "mpp": canvas.mpp,
     }
-
-
-# -- beside its reference ------------------------------------------------------------------------------
-
-
-def read_reference(slide: Slide, canvas: Grid, grid: Grid) -> NDArray[np.uint8]:
-    """The reference at `grid`, which is counted from the canvas's corner, as the painting's pixels are.
-
-    Where that corner is no pixel of `grid`'s pitch, the nearest one is.
-    """
-    top, left = (round(edge / grid.mpp) for edge in canvas.extent[:2])
-    return slide.read(Grid(grid.mpp, grid.top + top, grid.left + left, grid.height, grid.width))
-
-
-def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder: Encoder) -> dict[float, float]:
-    """Mean cosine between standardised embeddings of a painting and of its reference at the same place, by pitch.
-
-    Over the tiles that lie whole inside the painting and hold tissue in the reference, whatever was painted there; of
-    many, over 64 that are spread evenly. NaN where there is none, and at pitches finer than the painting's, of which it
-    has nothing to show.
-    """
-    cells = _whole_cells(canvas, PITCH)
-    tissue = Tissue.everywhere(cells)
-    if not brush.everywhere:
-        tissue = Tissue(tissue_mask(read_reference(slide, canvas, cells), PITCH), cells)
-    found = {}
-    for mpp in brush.pitches:
-        lattice = _whole_cells(canvas, encoder.tile * mpp)
-        seen = tissue.cover(lattice) >= COVER if mpp > 0.99 * canvas.mpp else np.zeros(lattice.shape, np.bool_)
-        corners = np.argwhere(seen) * encoder.tile
-        corners = corners[np.linspace(0, len(corners) - 1, min(len(corners), _COMPARED)).round().astype(int)]
-        if not len(corners):
-            found[mpp] = math.nan
-            continue
-        grids = [Grid(mpp, int(y), int(x), encoder.tile, encoder.tile) for y, x in corners]
-        real = encoder(np.stack([read_reference(slide, canvas, grid) for grid in grids]))
-        ours = encoder(np.stack([painted.read(grid) for grid in grids]))
-        found[mpp] = float(_cosine(brush.standardised(mpp, real), brush.standardised(mpp, ours)).mean())
-    return found
-
-
-def _whole_cells(canvas: Grid, side: float) -> Grid:
-    """The cells of `side` µm that lie whole inside the canvas, counted from its corner."""
-    height, width = (math.floor(length * canvas.mpp / side + 1e-6) for length in canvas.shape)
-    return Grid(side, 0, 0, height, width)
-
-
-def _cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Of each row of one with the same row of the other: (n, dim), (n, dim) -> (n,)."""
-    pair = one.astype(np.float64), other.astype(np.float64)
-    lengths = np.linalg.norm(pair[0], axis=1) * np.linalg.norm(pair[1], axis=1)
-    return np.asarray((pair[0] * pair[1]).sum(1) / np.maximum(lengths, 1e-12))
-
-
-def write_pair(path: Path, slide: Slide, painted: Slide, canvas: Grid, *, side: int = 1024) -> None:
-    """Reference and painting side by side, whole above and the middle at full resolution below, as a PNG."""
-    from PIL import Image, ImageDraw
-    from PIL.PngImagePlugin import PngInfo
-
-    factor = -(-max(canvas.shape) // side)
-    small = Grid(canvas.mpp * factor, 0, 0, *(max(1, length // factor) for length in canvas.shape))
-    crop = min(side, *canvas.shape)
-    near = Grid(canvas.mpp, (canvas.height - crop) // 2, (canvas.width - crop) // 2, crop, crop)
-    rows = []
-    for grid in (small, near):
-        left, right = read_reference(slide, canvas, grid), painted.read(grid)
-        rows.append(np.concatenate([left, np.full((left.shape[0], 16, 3), 255, np.uint8), right], 1))
-    width = max(max(row.shape[1] for row in rows), 420)  # room for the words
-    padded = [np.pad(row, ((8, 8), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    picture = Image.fromarray(np.concatenate([np.full((24, width, 3), 255, np.uint8), *padded]))
-    draw = ImageDraw.Draw(picture)
-    draw.text((8, 6), "left: reference", fill=(0, 0, 0))
-    draw.text((130, 6), "right: SYNTHETIC, painted by wsi-brush", fill=(160, 0, 0))
-    marks = PngInfo()
-    marks.add_text("Comment", MARK)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        picture.save(partial, format="PNG", pnginfo=marks)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _check_picture(path: Path, *, overwrite: bool) -> None:
-    """Whether a picture may be written at `path`: nothing is there, or a picture of ours that is to be replaced.
-
-    Raises:
-        RefusedError, MachineError: if not.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if path.exists():
-        try:
-            with Image.open(path) as picture:
-                ours = picture.info.get("Comment") == MARK
-        except (UnidentifiedImageError, OSError):
-            ours = False
-        if not ours or not overwrite:
-            cure = "choose another name or pass --overwrite" if ours else "choose another name"
-            raise RefusedError(f"{path}: exists{'' if ours else ' and is no picture of wsi-brush'}; {cure}")
-    probe = path.with_name(f"{path.name}.partial")
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise MachineError(f"{path.parent}: cannot be written to ({error.strerror}); choose another --png") from None

@@ -30,8 +30,9 @@ from wsi_brush.encoder import Encoder, load_encoder
 from wsi_brush.errors import RefusedError, UsageError, WsiBrushError
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory
-from wsi_brush.paint import Painting, paint_canvas, whole
+from wsi_brush.paint import paint_canvas
 from wsi_brush.slide import Slide, open_slide
+from wsi_brush.stages import Painting, whole
 from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import read_plane
 from wsi_brush.synthesize import as_pixels, choose_canvas

@@ -16,11 +16,11 @@ from wsi_brush.brush import load_brush
 from wsi_brush.encoder import load_encoder
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.machine import keep_memory
-from wsi_brush.paint import Painting
 from wsi_brush.recipe import Data, read_config
 from wsi_brush.report import write_report
 from wsi_brush.sides import open_sides
 from wsi_brush.slide import Slide, open_slide
+from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_slide
 
 MPP, LEAST = 0.5, 1024

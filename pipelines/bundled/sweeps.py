@@ -36,11 +36,11 @@ from wsi_brush.errors import SlideError, UsageError, WsiBrushError
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.grid import Grid
 from wsi_brush.machine import find_device, keep_memory, name_of
-from wsi_brush.paint import Painting
 from wsi_brush.progress import Told
 from wsi_brush.recipe import read_config
 from wsi_brush.samples import Codec, Spot, elsewhere, embed_spots, spots_of
 from wsi_brush.sides import open_sides
+from wsi_brush.stages import Painting
 from wsi_brush.synthesize import choose_canvas, synthesize_slide
 from wsi_brush.tissue import Tissue
 

@@ -27,7 +27,7 @@ from wsi_brush.brush import load_brush
 from wsi_brush.cluster import connect
 from wsi_brush.encoder import load_encoder
 from wsi_brush.errors import WsiBrushError
-from wsi_brush.paint import Painting
+from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_slide
 
 

@@ -32,11 +32,11 @@ from wsi_brush.errors import SlideError, WsiBrushError
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory, peak_memory
-from wsi_brush.paint import Painting
 from wsi_brush.recipe import TrainConfig
 from wsi_brush.report import write_report
 from wsi_brush.sides import open_sides
 from wsi_brush.slide import Slide, open_slide
+from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_slide
 from wsi_brush.tissue import find_tissue
 from wsi_brush.train import Training, train_brush

@@ -32,8 +32,9 @@ from wsi_brush.errors import MachineError
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory, peak_memory
-from wsi_brush.paint import Painting, kept, paint_canvas
+from wsi_brush.paint import paint_canvas
 from wsi_brush.splat import nodes
+from wsi_brush.stages import Painting, kept
 from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import CanvasDenoiser, side_by_side
 
@@ -108,8 +109,9 @@ def progressive(brush: Brush, reference: Path, side: int = 1024) -> dict[str, ob
     """On and off after one reference: time, detail variance over the reference's, and how near its embeddings are."""
     from wsi_brush.embed import embed_region
     from wsi_brush.encoder import load_encoder
+    from wsi_brush.pair import read_reference
     from wsi_brush.slide import open_slide
-    from wsi_brush.synthesize import as_pixels, choose_canvas, read_reference
+    from wsi_brush.synthesize import as_pixels, choose_canvas
     from wsi_brush.texture import octaves
     from wsi_brush.tissue import find_tissue
 
@@ -211,8 +213,8 @@ def device(brush: Brush, reference: Path, side: int, tiles: list[int], name: str
     from wsi_brush.embed import embed_region
     from wsi_brush.encoder import load_encoder
     from wsi_brush.machine import check_precision, find_device
-    from wsi_brush.paint import evaluated_pixels, stages
     from wsi_brush.slide import open_slide
+    from wsi_brush.stages import evaluated_pixels, stages
     from wsi_brush.synthesize import as_pixels, choose_canvas
     from wsi_brush.tissue import find_tissue
 

@@ -1,4 +1,4 @@
-"""The words for what lies there already: what it is, and how others read it."""
+"""The words for what lies there already: what it is, whether it is whole, and how others read it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .manners import errors, print_facts
+from .manners import errors, print_facts, say
 from .options import AssumeMpp, Debug, DryRun, ForceMpp, Json, Overwrite, Quiet
 
 
@@ -60,3 +60,25 @@ def info(
         facts = describe(path, assume_mpp=assume_mpp, force_mpp=force_mpp)
         if json_ or not quiet:
             print_facts(facts, json_)
+
+
+def verify(
+    paths: Annotated[list[Path], typer.Argument(help="Stores, pyramids or brushes.")],
+    json_: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Whether finished artefacts are whole: every file there, and as it was written."""
+    with errors(debug):
+        from ..commit import verify as find_problems
+
+        found = {str(path): find_problems(path) for path in paths}
+        if json_:
+            typer.echo(json.dumps(found, indent=1))
+        for path, problems in found.items():
+            if problems:
+                say(f"{path}: {'; '.join(problems)}")
+            elif not quiet and not json_:
+                typer.echo(f"{path}: whole")
+        if any(found.values()):
+            raise typer.Exit(4)

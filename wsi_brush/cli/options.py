@@ -18,3 +18,4 @@ ForceMpp = Annotated[
     float | None, typer.Option(help="Pixel size in µm whatever the header says; recorded.", metavar="MPP")
 ]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 for all.", min=0)]
+ENCODERS = "a name of `models list`, timm:NAME, hf-hub:ORG/NAME or a .safetensors file"

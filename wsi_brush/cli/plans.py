@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ..brush import Brush
     from ..encoder import Encoder
     from ..grid import Grid
-    from ..paint import Painting
     from ..slide import Slide
+    from ..stages import Painting
 
 
 def plan_embedding(
@@ -58,7 +58,7 @@ def plan_painting(
     """Where would be painted, and what it would need: time from a few tiles on this machine. Of a label there is
     neither slide nor encoder."""
     from ..estimate import embedding_seconds, painting_seconds
-    from ..paint import budget, stages, state_bytes
+    from ..stages import budget, stages, state_bytes
     from ..synthesize import choose_canvas, label_canvas
 
     def place() -> Grid:

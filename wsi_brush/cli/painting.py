@@ -1,0 +1,161 @@
+"""The words of `synthesize`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..errors import UsageError
+from . import plans
+from .manners import Shown, errors, prepare, print_plan
+from .options import ENCODERS, AssumeMpp, Debug, DryRun, ForceMpp, Json, Overwrite, Quiet, Threads
+
+
+def synthesize(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new slide, an OME-Zarr folder.")],
+    ref: Annotated[Path | None, typer.Option("--ref", help="The reference slide.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Instead of a reference: what to paint, of a brush trained on labels.")
+    ] = None,
+    region: Annotated[
+        str | None,
+        typer.Option(help="Where, in level-0 pixels of the reference, or all.", metavar="TOP,LEFT,HEIGHT,WIDTH"),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Instead of a region: the SIZE x SIZE pixels with the most tissue. [4096]")
+    ] = None,
+    mpp: Annotated[float, typer.Option(help="µm per pixel of the new slide.")] = 0.5,
+    brush: Annotated[str, typer.Option(help="bundled, or the folder of a brush.")] = "bundled",
+    encoder: Annotated[str | None, typer.Option(help=f"{ENCODERS}. [the one that the brush names]")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another painting.", min=0, max=2**63 - 1)] = 0,
+    steps: Annotated[
+        int, typer.Option(help="Evaluations over the range of noise; coarse pitches take more.", min=5, max=1000)
+    ] = 20,
+    guidance: Annotated[
+        float, typer.Option(help="How strongly the embeddings are followed at high noise; 1: as trained.")
+    ] = 2.0,
+    solver: Annotated[
+        Literal["2m", "ddim", "heun", "ancestral"], typer.Option(help="How the noise is left behind.")
+    ] = "2m",
+    progressive: Annotated[
+        Literal["on", "off"], typer.Option(help="Begin at coarse pitches; off: every step at the finest.")
+    ] = "on",
+    max_memory: Annotated[
+        str, typer.Option(help="Memory for all of it; a larger canvas is kept on disk.", metavar="SIZE")
+    ] = "4GB",
+    scheduler: Annotated[
+        str | None, typer.Option(help="A Dask scheduler whose workers paint the tiles.", metavar="ADDRESS")
+    ] = None,
+    device: Annotated[str, typer.Option(help="What computes: cpu, cuda or cuda:N.", metavar="DEVICE")] = "cpu",
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of products: exact, or faster on a GPU.")
+    ] = "float32",
+    png: Annotated[Path | None, typer.Option(help="Also write reference and painting side by side.")] = None,
+    assume_mpp: AssumeMpp = None,
+    force_mpp: ForceMpp = None,
+    overwrite: Overwrite = False,
+    threads: Threads = 0,
+    json_: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """A reference to a new slide: an OME-Zarr pyramid that follows its embeddings and copies none of its pixels."""
+    with errors(debug):
+        if (ref is None) == (label is None):
+            found = "--ref and --label are missing" if ref is None else "--ref and --label exclude each other"
+            raise UsageError(f"{found}; give --ref SLIDE, or --label NAME with a brush that was trained on labels")
+        for word, given in (("--region", region), ("--encoder", encoder), ("--png", png)):
+            if label is not None and given is not None:
+                raise UsageError(f"{word}: is for a reference, and a label has none; leave it out")
+        if region is not None and size is not None:
+            raise UsageError("--region and --size exclude each other; give one")
+        if not math.isfinite(guidance):
+            raise UsageError(f"--guidance {guidance}: expected a number, such as 2")
+        place = _read_region(region) if region is not None and region != "all" else None
+        memory = _read_memory(max_memory)
+        from ..slide import open_slide
+
+        slide = None
+        if ref is not None:  # what is none is said before torch is loaded
+            slide = open_slide(ref, assume_mpp=assume_mpp, force_mpp=force_mpp)
+        if region == "all" and slide is not None:
+            place = (0, 0, *slide.grid.shape)
+        from ..brush import load_brush
+        from ..cluster import connect
+        from ..encoder import load_encoder
+        from ..machine import check_precision, find_device, peak_memory
+        from ..stages import Painting, kept
+        from ..synthesize import check_asked, synthesize_label, synthesize_slide
+
+        painting = Painting(
+            4096 if size is None else size, place, mpp, seed, steps, guidance, solver,
+            progressive=progressive == "on", memory=memory, device=device, precision=precision,
+        )  # fmt: skip
+        prepare(threads, largest=kept(memory))
+        check_precision(precision, find_device(device))
+        loaded = load_brush(brush)
+        check_asked(loaded, label)
+        eyes = load_encoder(encoder or loaded.about["encoder"], device=device) if label is None else None
+        if dry_run:
+            print_plan(plans.plan_painting(loaded, eyes, slide, out, painting), json_)
+            return
+        client = connect(scheduler) if scheduler is not None else None
+        with Shown(quiet) as progress, client or nullcontext():
+            if label is not None:
+                painted = synthesize_label(
+                    label, out, painting, brush=loaded, overwrite=overwrite, client=client, tell=progress
+                )
+            else:
+                assert ref is not None
+                assert eyes is not None
+                painted = synthesize_slide(
+                    ref, out, painting, brush=loaded, encoder=eyes, assume_mpp=assume_mpp, force_mpp=force_mpp,
+                    overwrite=overwrite, png=png, client=client, tell=progress,
+                )  # fmt: skip
+        cosine = {f"{pitch:g}": round(value, 4) for pitch, value in painted.cosine.items() if not math.isnan(value)}
+        height, width = painted.shape
+        result = {
+            "path": str(painted.path), "synthetic": True, "height": height, "width": width, "mpp": mpp,
+            "seed": seed, "seconds": round(painted.seconds, 1),
+            "peak_memory_gb": round(peak_memory() / 1e9, 2),
+        }  # fmt: skip
+        if painted.region is not None:
+            result |= {"region": list(painted.region), "cosine": cosine}
+        else:
+            result |= {"label": label}
+        if json_:
+            typer.echo(json.dumps(result, indent=1))
+        elif not quiet:
+            typer.echo(f"{painted.path}: synthetic, {height} x {width} pixels at {mpp:g} µm")
+            asked = f"label {label}"
+            if ref is not None and painted.region is not None:
+                asked = f"after {ref.name}, region {','.join(map(str, painted.region))} (level-0 pixels)"
+            typer.echo(f"{asked}, seed {seed}")
+            typer.echo(f"took {painted.seconds:.0f} s and {result['peak_memory_gb']:.1f} GB")
+            shown = ", ".join(f"{value:.3f} at {pitch} µm" for pitch, value in cosine.items())
+            if label is None:
+                typer.echo(f"mean cosine of embeddings with the reference: {shown or 'no whole tile with tissue'}")
+
+
+def _read_region(text: str) -> tuple[int, int, int, int]:
+    try:
+        top, left, height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--region {text}: expected four whole numbers TOP,LEFT,HEIGHT,WIDTH in level-0 pixels, or all"
+        ) from None
+    return top, left, height, width
+
+
+def _read_memory(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"--max-memory {text}: expected a size, such as 4GB or 800MB")
+    return int(float(match[1]) * 10 ** {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}[match[2].upper()])
