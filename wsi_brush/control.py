@@ -38,7 +38,7 @@ def control(
         for mpp in scales:
             for encoder, said in zip(alike, _matched(sides, alike, codec, mpp, most, seed, tell), strict=True):
                 found[encoder.name]["cosine"][f"{mpp:g}"] = said
-        for encoder, said in zip(alike, _retrieval(sides, alike, codec, scales[0], tell), strict=True):
+        for encoder, said in zip(alike, retrieval(sides, alike, codec, scales[0], tell=tell), strict=True):
             found[encoder.name]["retrieval"] = said
     return found
 
@@ -100,18 +100,24 @@ def _standard(ours: Vectors, real: Vectors) -> tuple[Vectors, Vectors]:
     return ours, real
 
 
-def _retrieval(
-    sides: Sides, encoders: Sequence[TileEncoder], codec: Codec, mpp: float, tell: Tell | None
-) -> list[dict[str, Any]]:
-    """Regions of 512 µm, each the mean of its tiles: is the nearest real one the own reference? (`top1`, `top5`)
+def retrieval(
+    sides: Sides, encoders: Sequence[TileEncoder], codec: Codec, mpp: float, *, stride: float = 1.0,
+    tell: Tell | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Of each encoder: regions of 512 µm, each the mean of its tiles: is the nearest real one the own reference?
+    (`top1`, `top5`)
 
-    `real`: how often the mean of half of a real region's tiles finds that of the other half.
+    `real`: how often the mean of half of a real region's tiles finds that of the other half. `stride`: 0.5 for regions
+    that overlap by half, so that the own one is to be told from neighbours that share half of it.
+
+    Raises:
+        SlideError: if a slide cannot be read.
     """
     tile = encoders[0].tile
     per = max(1, round(_PLACE / mpp / tile))
     ours, theirs = [], []
     for pair in sides.pairs:
-        for spot in spots_of([sides.real[pair.real]], mpp, per * tile, stride=1.0, most=64):
+        for spot in spots_of([sides.real[pair.real]], mpp, per * tile, stride=stride, most=64):
             ours.append(Spot(pair.synthetic, pair.here(spot.grid)))
             theirs.append(Spot(pair.real, spot.grid))
     if len(ours) < 4:

@@ -4,7 +4,8 @@
 
 Writes WORK/NAME.ome.zarr for every quarter that is at least 1024 pixels wide at 0.5 µm, and WORK/report (report.html):
 every figure of `wsi-brush evaluate`, of those regions alone, in the space of the brush's own encoder and of every
-`--judge` beside it (one that the brush never saw: `judge`). `--copies` searches what was trained on for copies.
+`--judge` beside it (one that the brush never saw: `judge`). `--copies` searches what was trained on for copies;
+`--overlap` prints how often the own reference is found among regions that overlap by half, of which there are more.
 Killed, the same command goes on.
 """
 
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsi_brush.brush import load_brush
+from wsi_brush.control import retrieval
 from wsi_brush.encoder import load_encoder
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.machine import keep_memory
 from wsi_brush.recipe import Data, read_config
 from wsi_brush.report import write_report
+from wsi_brush.samples import Codec
 from wsi_brush.sides import open_sides
 from wsi_brush.slide import Slide, open_slide
 from wsi_brush.stages import Painting
@@ -60,7 +63,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--brush", default="bundled")
     parser.add_argument("--judge", nargs="+", default=[], help="further encoders: names, or local safetensors files")
+    parser.add_argument("--most", type=int, default=1536, help="tiles of a side and scale that are looked at")
     parser.add_argument("--copies", action="store_true")
+    parser.add_argument("--overlap", action="store_true")
     arguments = parser.parse_args()
     keep_memory()
     brush, data = load_brush(arguments.brush), read_config(arguments.recipe).data
@@ -79,9 +84,12 @@ def main() -> None:
         painted.append(target)
     sides = open_sides(real, painted)
     judges = [encoder, *map(load_encoder, arguments.judge)]
+    if arguments.overlap:
+        for judge, found in zip(judges, retrieval(sides, judges, Codec("jpeg:90"), MPP, stride=0.5), strict=True):
+            print(f"{judge.name}: {found}", flush=True)
     known = [open_slide(arguments.slides / source.path, assume_mpp=source.assume_mpp)
              for source in data.sources(arguments.slides) if arguments.copies]  # fmt: skip
-    figures = evaluate_slides(sides, encoders=judges, training=known, trained_until=data.until)
+    figures = evaluate_slides(sides, encoders=judges, most=arguments.most, training=known, trained_until=data.until)
     write_report(arguments.work / "report", sides, figures, overwrite=True)
     print(arguments.work / "report" / "report.html")
 
