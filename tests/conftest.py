@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 from numpy.typing import NDArray
 
 from wsi_brush.grid import Grid
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core; said before torch and OpenBLAS are loaded
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 MPP = 0.5
 WAVES = ((90.0, 70.0, 0.3), (60.0, 110.0, 1.1), (75.0, 85.0, 2.0))  # µm down, µm across, phase: one for each colour

@@ -1,14 +1,14 @@
 """What matters, at small scale: a short training for each change of the recipe, judged by one loss on held-out scenes.
 
     python pipelines/bundled/levers.py pipelines/bundled/brush.toml --slides DATA/slides --work WORK
-        [--steps 120] [--only base width depth]
+        [--steps 400] [--only base width depth]
 
 Each run begins from nothing, sees the same scenes in the same order as far as its change allows, and differs from the
-recipe (with `--batch` scenes a step) in what LEVERS says. All are judged by the recipe's own measure, whatever they
-were trained for: velocity loss of the averaged weights on the right quarters of the slides, at the noise levels that
-the solver visits. The base is trained with three seeds: what lies within their spread is no difference. Writes
-WORK/levers.md and WORK/levers.json; killed, the same command goes on with the runs that are missing. So few steps rank
-what learns fast, not what learns most.
+recipe, made small (`--width`, `--batch` scenes a step), in what LEVERS says. All are judged by the recipe's own
+measure, whatever they were trained for: velocity loss of the averaged weights on the right quarters of the slides, at
+the noise levels that the solver visits. The base is trained with three seeds: what lies within their spread is no
+difference. Writes WORK/levers.md and WORK/levers.json; killed, the same command goes on with the runs that are missing.
+So few steps rank what learns fast, not what learns most.
 """
 
 import argparse
@@ -58,7 +58,7 @@ LEVERS: dict[str, list[tuple[str, Change]]] = {
         ("2 operators at 2 pixels, not 1", {"model": {"depth": (2, 2, 4)}}),
         ("64 global tokens, not 16", {"model": {"tokens": 64}}),
     ],
-    "width": [("width 30, not 48", {"model": {"width": 30}}), ("width 72", {"model": {"width": 72}})],
+    "width": [("half as wide", {"model": {"width": 0.5}}), ("twice as wide", {"model": {"width": 2.0}})],
     "condition": [
         ("without the embeddings at 0.5 µm", {"without": {"0.5": True}}),
         ("without those at 2 µm", {"without": {"2": True}}),
@@ -74,20 +74,22 @@ LEVERS: dict[str, list[tuple[str, Change]]] = {
         ("no average of weights", {"optimisation": {"average": 0.0}}),
     ],
 }
-SCALED = {"batch", "rate"}  # of which a change says the factor
+SCALED = {"batch", "rate", "width"}  # of which a change says the factor
 JUDGED = (0.5, 1.0, 2.0)  # µm: the pitches at which nearly all of the time goes
 
 
-def changed(recipe: TrainConfig, change: Change, *, steps: int, batch: int) -> TrainConfig:
+def changed(recipe: TrainConfig, change: Change, *, steps: int, batch: int, width: int) -> TrainConfig:
     """The recipe, small, with a change."""
     plain = recipe.model_dump(exclude={"card"})
     plain["optimisation"] |= {
         "steps": steps, "minutes": math.inf, "batch": batch, "shards": 1, "warmup": 20, "average": 0.95, "start": None,
     }  # fmt: skip
+    plain["model"]["width"] = width
     for part, values in change.items():
         for name, value in values.items() if part != "without" else ():
             plain[part][name] = plain[part][name] * value if name in SCALED else value
-    plain["optimisation"]["batch"] = int(plain["optimisation"]["batch"])
+    for part, name in (("optimisation", "batch"), ("model", "width")):
+        plain[part][name] = int(plain[part][name])
     return TrainConfig.model_validate(plain)
 
 
@@ -127,7 +129,8 @@ def main(arguments: argparse.Namespace) -> None:
     pack = _pack(recipe.data, arguments.work, arguments.slides, print)
     file = arguments.work / "levers.json"
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    given = {"steps": arguments.steps, "batch": arguments.batch, "batches": arguments.batches}
+    sizes = {"steps": arguments.steps, "batch": arguments.batch, "width": arguments.width}
+    given = {**sizes, "batches": arguments.batches}
     if known and known["about"]["given"] != given:
         raise UsageError(f"{file}: made with {known['about']['given']}, not {given}; choose another --work")
     runs: dict[str, Any] = known.get("runs", {})
@@ -136,7 +139,7 @@ def main(arguments: argparse.Namespace) -> None:
         for name, change in LEVERS[lever]:
             if name in runs:
                 continue
-            config = changed(recipe, change, steps=arguments.steps, batch=arguments.batch)
+            config = changed(recipe, change, **sizes)
             run = Training(config, blinded(pack, change.get("without", {})), arguments.work)
             start = time.process_time()
             while not run.over:
@@ -175,8 +178,9 @@ if __name__ == "__main__":
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--slides", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8, help="scenes a step")
+    parser.add_argument("--width", type=int, default=24, help="of the base")
     parser.add_argument("--batches", type=int, default=8, help="of 8 held-out scenes, a pitch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=list(LEVERS), default=list(LEVERS))
