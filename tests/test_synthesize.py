@@ -39,7 +39,7 @@ from wsi_brush.synthesize import as_pixels, choose_canvas, synthesize_slide
 from wsi_brush.tissue import Tissue, find_tissue
 
 ENCODER = cast(Encoder, TileStatistics())
-QUICK = Painting(region=(300, 280, 333, 517), steps=6)
+QUICK = Painting(region=(300, 280, 333, 517), steps=6, guidance=2.0)
 CANARY = "Ramona^Testcase"
 
 
@@ -182,7 +182,7 @@ class TestPaint:
     def test_the_tile_changes_no_bit(self, brush: Brush, slide: Slide, solver: Solver) -> None:
         canvas = Grid(0.5, 304, 304, 70, 90)
         assert max(len(s.retouches) for s in stages(brush.ladder, Painting(steps=20, solver=solver))) > 1
-        painting = Painting(steps=20, solver=solver)
+        painting = Painting(steps=20, solver=solver, guidance=2.0)
         whole, tiled = (paint_on(brush, slide, replace(painting, tile=tile), canvas) for tile in (768, 128))
         assert torch.equal(whole, tiled)
 
@@ -207,8 +207,8 @@ class TestPaint:
     def test_progress_counts_every_pixel_of_every_step(self, brush: Brush, slide: Slide) -> None:
         canvas, told = Grid(0.5, 304, 304, 40, 40), []
         maps = embed_region(slide, canvas, encoder=ENCODER, pitches=brush.pitches)
-        paint_canvas(brush, maps, canvas, Painting(steps=6), tell=lambda *what: told.append(what))
-        total = evaluated_pixels(brush.ladder, canvas, Painting(steps=6))
+        paint_canvas(brush, maps, canvas, Painting(steps=6, guidance=2.0), tell=lambda *what: told.append(what))
+        total = evaluated_pixels(brush.ladder, canvas, Painting(steps=6, guidance=2.0))
         assert {(what, count) for what, _, count in told} == {("painting", total)}
         assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
         assert told[-1][1] == total
@@ -238,7 +238,7 @@ class TestPaint:
     def test_moves_at_next_to_no_noise_are_retouches(self, brush: Brush) -> None:
         """Of the stage before them, in their order, three at most; never while the embeddings are followed harder."""
         for progressive, mpp in ((True, 0.5), (False, 0.5), (True, 8.0)):
-            painting = Painting(steps=60, progressive=progressive, mpp=mpp)
+            painting = Painting(steps=60, guidance=2.0, progressive=progressive, mpp=mpp)
             todo, plain = stages(brush.ladder.starting_at(mpp), painting), replace(painting, guidance=1.0)
             low = [(stage, move.sigma) for stage in todo for move in stage.retouches]
             assert low
@@ -335,7 +335,7 @@ class TestBytes:
         for number, (threads, tile) in enumerate([(1, 768), (2, 128)]):
             torch.set_num_threads(threads)
             target = tmp_path / f"{number}.ome.zarr"
-            painting = Painting(region=(400, 400, 100, 200), steps=5, seed=9, tile=tile)
+            painting = Painting(region=(400, 400, 100, 200), steps=5, guidance=2.0, seed=9, tile=tile)
             synthesize_slide(tissue_slide, target, painting, brush=brush, encoder=ENCODER)
             made.append(hashes(target))
         torch.set_num_threads(before)

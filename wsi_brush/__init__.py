@@ -63,4 +63,4 @@ The modules, in the order of the data; a module imports only what stands above i
     cli           the words
 """
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"

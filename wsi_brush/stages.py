@@ -34,7 +34,7 @@ class Painting:
     """What is to be painted, and how.
 
     `region`: (top, left, height, width) in level-0 pixels of the reference; else the `size` x `size` pixels at
-    `mpp` with the most tissue. `guidance` is for high noise. `memory`: bytes of the host that all of it may take; a
+    `mpp` with the most tissue. `guidance` is for high noise, 1 for none: twice the evaluations there. `memory`: bytes of the host that all of it may take; a
     state that does not fit is on disk. `device`: cpu, cuda or cuda:N; `precision`: of products there, grid level apart.
     """
 
@@ -43,7 +43,7 @@ class Painting:
     mpp: float = 0.5
     seed: int = 0
     steps: int = 20
-    guidance: float = 2.0
+    guidance: float = 1.0
     solver: Solver = "2m"
     tile: int = TILE
     progressive: bool = True

@@ -42,6 +42,7 @@ from wsi_brush.tissue import find_tissue
 from wsi_brush.train import Training, train_brush
 
 MPP = 0.5
+GUIDANCE = 2.0  # as the papers that were followed guide; all systems alike
 OURS = "ours"
 COST_SIZES, COST_STEPS, COST_MEMORY = (256, 1024, 4096), 3, 8e9  # Table 4: pixels, steps that are timed, bytes
 
@@ -117,8 +118,8 @@ def painted(
             if target.name in seconds:
                 continue
             painting = Painting(
-                region=region, mpp=MPP, seed=tables["seed"] + number, steps=tables["steps"], memory=16 * 10**9,
-                device=device,
+                region=region, mpp=MPP, seed=tables["seed"] + number, steps=tables["steps"], guidance=GUIDANCE,
+                memory=16 * 10**9, device=device,
             )  # fmt: skip
             found = synthesize_slide(
                 slide.path, target, painting, brush=brush, encoder=encoder, assume_mpp=source.get("assume_mpp"),
