@@ -34,8 +34,9 @@ class Painting:
     """What is to be painted, and how.
 
     `region`: (top, left, height, width) in level-0 pixels of the reference; else the `size` x `size` pixels at
-    `mpp` with the most tissue. `guidance` is for high noise, 1 for none: twice the evaluations there. `memory`: bytes of the host that all of it may take; a
-    state that does not fit is on disk. `device`: cpu, cuda or cuda:N; `precision`: of products there, grid level apart.
+    `mpp` with the most tissue. `guidance` is for high noise, where any but 1 takes twice the evaluations. `memory`:
+    bytes of the host that all of it may take; a state that does not fit is on disk. `device`: cpu, cuda or cuda:N;
+    `precision`: of products there, grid level apart.
     """
 
     size: int = 4096

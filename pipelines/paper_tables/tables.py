@@ -42,7 +42,7 @@ from wsi_brush.tissue import find_tissue
 from wsi_brush.train import Training, train_brush
 
 MPP = 0.5
-GUIDANCE = 2.0  # as the papers that were followed guide; all systems alike
+GUIDANCE = 2.0  # of all systems, as in RESULTS.md
 OURS = "ours"
 COST_SIZES, COST_STEPS, COST_MEMORY = (256, 1024, 4096), 3, 8e9  # Table 4: pixels, steps that are timed, bytes
 
