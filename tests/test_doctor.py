@@ -159,9 +159,9 @@ def test_exit_codes() -> None:
     assert exit_code([bad], [Examined(Path("b"), (bad,))]) == 2
 
 
-def run(*words: Any) -> subprocess.CompletedProcess[str]:
+def run(*words: Any, without: str = "torch") -> subprocess.CompletedProcess[str]:
     """The command in a process that may load nothing heavy."""
-    code = "import sys; sys.modules['torch'] = sys.modules['timm'] = sys.modules['skimage'] = None; "
+    code = f"import sys; sys.modules.update(dict.fromkeys(['timm', 'skimage', {without!r}])); "
     code += "from wsi_brush.cli import main; main()"
     command = [sys.executable, "-c", code, "doctor", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -186,3 +186,10 @@ def test_the_words(tmp_path: Path) -> None:
     assert quiet.stdout == ""
     assert [line.split(": ")[1] for line in quiet.stderr.splitlines()] == ["disk", str(tmp_path / "damaged.tif")]
     assert run(tmp_path / "good.tif", "--force-mpp", 700).returncode == 1
+
+
+def test_a_package_that_is_not_there_is_one_line() -> None:
+    done = run(without="huggingface_hub")
+    assert done.returncode == 2
+    assert done.stderr.startswith("wsi-brush: huggingface_hub: not installed; install wsi-brush again")
+    assert len(done.stderr.splitlines()) == 1

@@ -55,10 +55,10 @@ def fetch_sample(out: Path | None = None, *, source: str | None = None) -> tuple
 
 
 def _check(path: Path) -> None:
-    found = sha256_of(path) if path.is_file() else "none, it is no file"
+    found = sha256_of(path) if path.is_file() else "of no file"
     if found != SHA256:
         raise RefusedError(
-            f"{path}: another file is there (sha256 {found[:19]}, expected {SHA256[:12]}); remove it or choose another "
+            f"{path}: another file is there (sha256 {found[:12]}, expected {SHA256[:12]}); remove it or choose another "
             "name with -o"
         )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import MachineError
 from .manners import errors, print_facts, say
 from .options import AssumeMpp, Debug, ForceMpp, Json, Quiet
 
@@ -25,7 +28,7 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Whether this machine, the weights and the slides' headers are fit; OK, look or bad. Nothing heavy is loaded."""
-    with errors(debug):
+    with errors(debug), _packages_missing():
         from ..doctor import check_machine, check_weights, exit_code, free_disk
         from ..embed import find_slides
         from ..headers import check_cohort, check_slide
@@ -66,3 +69,12 @@ def doctor(
             print_facts(found, as_json=True)
         if code:
             raise typer.Exit(code)
+
+
+@contextmanager
+def _packages_missing() -> Iterator[None]:
+    """Without some packages not even the doctor goes on."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MachineError(f"{error.name}: not installed; install wsi-brush again, with all that it needs") from None
