@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,21 @@ from wsi_brush import headers, machine
 from wsi_brush.commit import staged
 from wsi_brush.errors import SlideError, UsageError
 from wsi_brush.headers import Examined, Finding, check_cohort, check_slide, shown_bytes
+from wsi_brush.info import describe
 
 LEVELS = levels_of((512, 768), (1, 2, 4))
+APART = headers._open
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened in this process, for time; those that ask for `apart` begin another."""
+    monkeypatch.setattr(headers, "_open", lambda path, one, two: describe(path, assume_mpp=one, force_mpp=two))
+
+
+@pytest.fixture
+def apart(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers, "_open", APART)
 
 
 def said(examined: Examined, status: str) -> list[str]:
@@ -180,3 +194,28 @@ def test_sizes_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert headers._threads() <= 8
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert headers._threads() == 1
+
+
+def test_a_process_of_its_own_finds_the_same(tmp_path: Path, apart: None) -> None:
+    path = write_pyramid(tmp_path / "µ a.tif", LEVELS, mpp=None)
+    assert check_slide(path, assume_mpp=0.5).facts == describe(path, assume_mpp=0.5)
+    assert "--assume-mpp" in said(check_slide(path), "bad")[0]
+    with pytest.raises(UsageError, match="--force-mpp 700"):
+        check_slide(path, force_mpp=700)
+    assert said(check_slide(tmp_path / "none.tif"), "bad")[0].startswith("no such file")
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("import os; os.abort()", "what reads its header died of it (code -6, no word)"),
+        ("import time; time.sleep(60)", "its header cannot be read in 0.5 s"),
+        ("pass", "what reads its header died of it (code 0, no word)"),
+    ],
+)
+def test_a_slide_that_aborts_or_hangs_costs_itself(
+    tmp_path: Path, apart: None, monkeypatch: pytest.MonkeyPatch, code: str, line: str
+) -> None:
+    monkeypatch.setattr(headers, "_PATIENCE", 0.5 if "sleep" in code else 60.0)
+    monkeypatch.setattr(headers, "COMMAND", (sys.executable, "-c", code))
+    assert said(check_slide(tmp_path / "a.svs"), "bad")[0].startswith(line)
