@@ -87,14 +87,15 @@ def _packages() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("look", "packages", 'not installed, so not checked; python -m pip install -c constraints.txt "."')
         return
-    wrong = 0
+    wrong = []
     for one in needed:
         version = _version(one.name)
         if version is None:
-            yield Finding("bad", one.name, f'not installed; python -m pip install "{one}"')
+            wrong.append(Finding("bad", one.name, f'not installed; python -m pip install "{one}"'))
         elif not one.specifier.contains(Version(version), prereleases=True):
-            yield Finding("look", one.name, f'{version}, expected {one.specifier}; python -m pip install "{one}"')
-        wrong += version is None or not one.specifier.contains(Version(version), prereleases=True)
+            said = f'{version}, expected {one.specifier}; python -m pip install "{one}"'
+            wrong.append(Finding("look", one.name, said))
+    yield from wrong
     if not wrong:
         shown = ", ".join(f"{name} {_version(name)}" for name in ("torch", "timm", "zarr"))
         yield Finding("OK", "packages", f"all {len(needed)} that are needed; {shown}")
