@@ -31,10 +31,12 @@ def test_a_slide(tmp_path: Path) -> None:
     assert describe(path) == {
         "path": str(path), "kind": "slide", "synthetic": False, "reader": "openslide", "height": 512, "width": 768,
         "mpp": 0.25, "mpp_source": "openslide.mpp-x", "millimetres": {"height": 0.128, "width": 0.192},
+        "pixel_sizes": [{"source": "openslide.mpp-x", "height": 0.25, "width": 0.25}],
         "levels": [{"height": 512, "width": 768, "mpp": 0.25}, {"height": 128, "width": 192, "mpp": 1.0}],
         "bytes": path.stat().st_size,
     }  # fmt: skip
-    assert describe(path, force_mpp=0.5)["mpp_source"] == "forced"
+    forced = describe(path, force_mpp=0.5)
+    assert (forced["mpp_source"], forced["pixel_sizes"][0]["width"]) == ("forced", 0.25)
 
 
 def test_a_slide_without_a_pixel_size_is_described_all_the_same(tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ The modules, in the order of the data; a module imports only what stands above i
     evaluate      verb: real and synthetic slides -> figures
     report        figures and pictures as a folder to be read
     info          what a slide, a store, a brush or a pyramid is
+    sample        a real slide to try everything on, fetched when asked
+    headers       what a slide's header says, and what in it is suspicious
+    doctor        verb: whether machine, weights and slides are fit
     cli           the words
 """
 

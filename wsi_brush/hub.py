@@ -30,6 +30,13 @@ class Place:
     config: bool = False
     pickled: bool = False
 
+    @property
+    def folder(self) -> Path:
+        """Where the hub's cache has what was fetched of the repository."""
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE) / f"models--{self.repository.replace('/', '--')}"
+
     def find(self, *, download: bool = False) -> Path:
         """The file in the cache; config.json is beside it, where it is asked for.
 
@@ -173,7 +180,10 @@ def state_of(entry: Entry) -> str:
     if converted(entry).is_file():
         return "ready"
     try:
-        _place_of_entry(entry).find()
+        place = _place_of_entry(entry)
+        if not place.folder.is_dir():  # the hub's library takes a second to say so
+            return "absent"
+        place.find()
     except (MachineError, RefusedError):
         return "absent"
     return "to convert" if entry.pickled else "ready"

@@ -59,6 +59,7 @@ def _slide(path: Path, assume_mpp: float | None, force_mpp: float | None) -> dic
             facts["pixel"] = dict(zip(("height", "width"), slide.pixel, strict=True))
     full = slide.levels[0]
     shape = {"synthetic": slide.synthetic, "reader": slide.reader, "height": full.height, "width": full.width}
+    facts["pixel_sizes"] = [size._asdict() for size in slide.sizes]
     return shape | facts | {"levels": _levels(slide, facts["mpp"])}
 
 

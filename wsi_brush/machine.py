@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import resource
 import signal
@@ -20,6 +21,8 @@ from .errors import MachineError, UsageError
 if TYPE_CHECKING:
     import torch
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may use."""
 Precision = Literal["float32", "bfloat16"]
 """Of products: float32 as it is said, or bfloat16 with sums in float32."""
 
@@ -168,12 +171,26 @@ def free_memory() -> int | None:
                 found.append(int(line.split()[1]) * 1024)
     with suppress(OSError, StopIteration):
         limit, used, facts = (
-            Path("/sys/fs/cgroup", name).read_text("ascii") for name in ("memory.max", "memory.current", "memory.stat")
+            (CGROUP / name).read_text("ascii") for name in ("memory.max", "memory.current", "memory.stat")
         )
         if limit.strip() != "max":  # files that were read count as used, and go when memory is asked for
             cached = next(int(line.split()[1]) for line in facts.splitlines() if line.startswith("inactive_file "))
             found.append(max(int(limit) - int(used) + cached, 0))
     return min(found, default=None)
+
+
+def shown_cores() -> int:
+    """Cores that this process may run on, as the system shows them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def lent_cores() -> float:
+    """The same within the quota of a container, which may lend fewer than it shows."""
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text("ascii").split()
+        return min(shown_cores(), int(quota) / int(period))
+    except (OSError, ValueError):  # no such limit, or it is "max"
+        return shown_cores()
 
 
 @contextmanager

@@ -59,6 +59,8 @@ class Slide:
     """Height and width of a level-0 pixel, µm."""
     synthetic: bool = False
     """Whether the file says of itself that it was painted."""
+    sizes: tuple[PixelSize, ...] = field(default=(), compare=False)
+    """Every pixel size that the header gives, plausible or not, the first the most trusted."""
     _handle: _Handle = field(default_factory=_Handle, repr=False, compare=False)
 
     def read(self, grid: Grid) -> NDArray[np.uint8]:
@@ -122,7 +124,8 @@ def open_slide(path: str | Path, *, assume_mpp: float | None = None, force_mpp: 
         pixel = (size.pitch, size.pitch)  # less than half a pixel over the whole slide: the header's rounding
     height, width = round(full.height * pixel[0] / size.pitch), round(full.width * pixel[1] / size.pitch)
     grid = Grid(size.pitch, 0, 0, height, width)
-    return Slide(path, size.pitch, size.source, reader.name, grid, reader.levels, pixel, reader.synthetic)
+    found = tuple(dict.fromkeys(sizes))
+    return Slide(path, size.pitch, size.source, reader.name, grid, reader.levels, pixel, reader.synthetic, found)
 
 
 def _open_reader(path: Path) -> tuple[Reader, list[PixelSize]]:
