@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .embed import find_slides, slide_fingerprint
+from .embed import slide_fingerprint
 from .grid import Grid
+from .inputs import find_slides
 from .progress import Tell, Told
 from .samples import Field, field_of
 from .slide import Slide, open_slide

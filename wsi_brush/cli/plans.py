@@ -22,8 +22,9 @@ def plan_embedding(
     outlines: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What would be embedded, and what it would need; slides that cannot be read are named."""
-    from ..embed import COVER, PITCHES, check_outlines, named_slides
+    from ..embed import COVER, PITCHES, check_outlines
     from ..estimate import encoder_seconds
+    from ..inputs import named_slides
     from ..outlines import find_outlines, read_outlines
     from ..slide import open_slide
     from ..tissue import find_tissue
