@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .commit import check_target, fingerprint, read_manifest
 from .errors import MachineError, RefusedError, SlideError, UsageError, WsiBrushError
 from .grid import Grid
-from .inputs import named_slides, slide_name
+from .inputs import find_inputs, slide_name
 from .outlines import find_outlines, outlines_digest, read_outlines
 from .slide import Slide, open_slide
 from .store import KIND, EmbeddingMap, EmbeddingStore, write_store
@@ -166,22 +166,23 @@ def embed_slides(
     progress: Callable[[Path, int, int], None] | None = None,
     outlines: Path | None = None,
 ) -> list[SlideReport]:
-    """Embed slides and folders of slides; one that fails costs itself only. `progress` also gets the slide.
+    """Embed what `inputs.find_inputs` finds; one that fails costs itself only. `progress` also gets the slide.
 
     Raises:
-        UsageError: if a folder holds no slides, or there is one file of outlines for several.
+        UsageError: if the words mean no slides, or there is one file of outlines for several.
         MachineError: if `out` cannot be written to, or the disk is full.
     """
-    reports, slides = [], list(named_slides(paths))
+    reports, slides = [], find_inputs(paths)
     check_outlines(outlines, len(slides))
-    for path, name in slides:
+    for one in slides:
+        path, name = one.path, one.name
         tell = None if progress is None else (lambda done, total, path=path: progress(path, done, total))
         try:
             report = embed_slide(
                 path,
                 out,
                 encoder=encoder,
-                assume_mpp=assume_mpp,
+                assume_mpp=one.mpp or assume_mpp,
                 force_mpp=force_mpp,
                 overwrite=overwrite,
                 progress=tell,
