@@ -67,7 +67,8 @@ class TestFolders:
         other.mkdir()
         (other / "z.svs").touch()
         (cohort / "0").symlink_to(other)
-        (other / "back").symlink_to(cohort)
+        for name in ("back", "again"):  # two ways round: who goes both to the system's 40 links never ends
+            (other / name).symlink_to(cohort)
         (other / "up").symlink_to(tmp_path)  # a folder that holds it: what is beside was not asked for
         (tmp_path / "beside.svs").touch()
         (cohort / "self.svs").symlink_to("self.svs")
@@ -239,6 +240,14 @@ class TestNames:
     def test_endings_are_left_out(self) -> None:
         names = ("a.svs", "b.ome.tif", "c.1.TIFF", "d.ome.zarr", "e")
         assert [slide_name(Path(name)) for name in names] == ["a", "b", "c.1", "d", "e"]
+
+    def test_a_slide_and_links_to_it_have_the_slides_name(self, cohort: Path) -> None:
+        links = [cohort / "a link.svs", cohort / "other.tif"]
+        for link in links:
+            link.symlink_to("b.svs")
+        for words in ([*links, cohort / "b.svs"], [cohort / "b.svs", *links], [cohort]):
+            assert "b" in [one.name for one in find_inputs(words)]
+        assert [find_inputs(words)[0].name for words in (links, links[::-1])] == ["a link", "a link"]
 
     def test_an_id_keeps_its_name_and_others_make_way(self, cohort: Path) -> None:
         rows = table(cohort / "t.csv", "path,id\nx.dat,b\n")

@@ -58,7 +58,8 @@ def find_inputs(words: Iterable[Path | str]) -> list[Input]:
 
     The name is the table's id, else the file's without its endings (`slide_name`); of a DICOM series that has a folder
     to itself, the folder's. Where several have one name, those without an id get a dash and 8 hexadecimal digits:
-    SHA-256 of their real path. So a name depends on what it is given with, and never on the order.
+    SHA-256 of their real path. Of a slide and links to it the slide gives the name. So a name depends on what it is
+    given with, and never on the order.
 
     Raises:
         UsageError: if a folder holds no slides, a pattern finds none, or a table has a row that is not right.
@@ -68,10 +69,10 @@ def find_inputs(words: Iterable[Path | str]) -> list[Input]:
     for word in map(Path, words):
         for one in search.meant(word):
             place = os.path.realpath(one.path)
-            known = meant.get(place)
-            if known and known.row and one.row and (known.id, known.mpp) != (one.id, one.mpp):
+            known = meant.setdefault(place, one)
+            if known.row and one.row and (known.id, known.mpp) != (one.id, one.mpp):
                 raise UsageError(f"{one.row}: the slide of {known.row} again, with another id or mpp; keep one of them")
-            if known is None or (one.row and not known.row):
+            if _rank(one, place) < _rank(known, place):
                 meant[place] = one
     rows: dict[str, str] = {}
     for one in meant.values():
@@ -104,9 +105,14 @@ class _Meant(NamedTuple):
     mpp: float | None = None
 
 
+def _rank(one: _Meant, place: str) -> tuple[bool, bool, str]:
+    """Of a slide that is meant twice: the row of a table goes first, then the slide itself, then links by name."""
+    return not one.row, one.path.name != Path(place).name, one.path.name
+
+
 class _Folder(NamedTuple):
-    """What a folder holds itself: slides, other folders, and the slide that each file of a slide belongs to (None: of
-    no slide)."""
+    """What a folder holds itself: slides, other folders, the slide that each file of a slide belongs to (None: of no
+    slide), and which slides are DICOM series."""
 
     slides: frozenset[Path]
     folders: tuple[Path, ...]
@@ -235,7 +241,7 @@ def _look(folder: Path) -> _Folder:
     owners: dict[Path, Path | None] = {}
     for path in entries:
         suffix = path.suffix.lower()
-        if suffix in _INDICES and path.is_file():
+        if suffix in _INDICES and path.is_file() and os.access(path, os.R_OK):
             owners |= {folder / name: path for name in _listed(path)}
         if suffix == ".mrxs" and _is_mirax(path.with_suffix("")):
             owners[path.with_suffix("")] = path
