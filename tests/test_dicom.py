@@ -257,6 +257,15 @@ def test_no_damaged_header_does_harm(series: dict[str, list[Path]], data: st.Dat
         assert isinstance(read_header(Path(file.name)), Header)
 
 
+def test_a_header_that_is_cut_or_has_no_item_is_one_of_nothing(series: dict[str, list[Path]], tmp_path: Path) -> None:
+    data = series["plain"][3].read_bytes()
+    item, long = data.index(b"\xfe\xff\x00\xe0"), data.index(b"SQ\0\0")
+    for number, broken in enumerate((data[:item] + b"\1\2\3\4" + data[item + 4 :], data[: long + 4])):
+        path = tmp_path / f"{number}.dcm"
+        path.write_bytes(broken)
+        assert read_header(path) == Header("", "", "", 0, 0)
+
+
 def test_what_is_no_slide_says_so(tmp_path: Path) -> None:
     levels = levels_of((256, 256), (1, 2))
     (image, *_) = write_dicom(tmp_path / "ct", levels, sop=CT)
