@@ -23,6 +23,7 @@ import pytest
 import yaozarrs
 from conftest import TileStatistics, levels_of, make_brush, write_aperio, write_pyramid
 from PIL import Image
+from test_dicom import write_dicom
 
 from wsi_brush import __version__, commit
 from wsi_brush.scratch import WORK
@@ -755,6 +756,34 @@ class TestManners:
         config.write_text('[data]\nslides = [{ path = "a.tif" }]\n[optimisation]\nstep = 3\n')
         assert "did you mean steps?" in words("train", config, "-o", tmp_path / "brush").one_line(1)
         assert "expected a TOML file" in words("train", tmp_path / "absent", "-o", tmp_path / "brush").one_line(1)
+
+
+class TestInputs:
+    def test_a_table_names_its_slides(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
+        bare = write_pyramid(tmp_path / "no header.tif", levels_of((256, 256), (1,)), mpp=None)
+        table = tmp_path / "cohort.csv"
+        table.write_text(f"path,mpp,id\n{tissue_slide},,one\n{bare.name},0.5,two\n")
+        ran = words("embed", table, "-o", tmp_path / "out", "--dry-run", "--json")
+        assert (ran.code, json.loads(ran.out)["slides"]) == (0, [str(tissue_slide), str(bare)])
+        assert json.loads(ran.out)["unreadable"] == []
+        ran = words("embed", table, "-o", tmp_path / "out", "--json", "-q")
+        assert ran.code == 0, ran.err
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"one.zarr", "two.zarr"}
+        assert [one["mpp_source"] for one in json.loads(ran.out)] == ["tiff resolution", "assumed"]
+        table.write_text(f"path,mpp\n{bare.name},none\n")
+        assert "cohort.csv, row 2: mpp none" in words("embed", table, "-o", tmp_path / "x").one_line(1)
+
+    def test_a_quoted_pattern_and_a_dicom_series(self, words: Words, tmp_path: Path) -> None:
+        (tmp_path / "deep" / "er").mkdir(parents=True)
+        slide = write_pyramid(tmp_path / "deep" / "er" / "a b.tif", levels_of((256, 256), (1,)))
+        series = write_dicom(tmp_path / "deep" / "case", levels_of((256, 256), (1, 2)))
+        for pattern in (tmp_path / "*p" / "**" / "*", tmp_path / "deep" / "**" / "[a-z0-9]*.[td]*"):
+            plan = json.loads(words("embed", pattern, "-o", tmp_path / "out", "--dry-run", "--json").out)
+            assert (sorted(plan["slides"]), plan["unreadable"]) == (sorted([str(slide), str(series[0])]), [])
+        assert "finds no slides" in words("embed", tmp_path / "*.svs", "-o", tmp_path / "out", "--dry-run").one_line(1)
+        told = json.loads(words("info", series[0].parent, "--json").out)
+        assert told["levels"]
+        assert "Mustermann" not in json.dumps(told)
 
 
 class TestVerify:

@@ -16,16 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wsi_brush import commit
-from wsi_brush.embed import (
-    COVER,
-    PITCHES,
-    embed_region,
-    embed_slide,
-    embed_slides,
-    find_slides,
-    slide_fingerprint,
-    slide_name,
-)
+from wsi_brush.embed import COVER, PITCHES, embed_region, embed_slide, embed_slides, slide_fingerprint
 from wsi_brush.errors import MachineError, RefusedError, SlideError, UsageError
 from wsi_brush.grid import Grid
 from wsi_brush.interchange import export_store
@@ -267,39 +258,10 @@ def test_same_names_in_two_folders_do_not_collide(picture: Path, tmp_path: Path)
     assert [report.status for report in again] == ["unchanged", "unchanged"]
 
 
-def test_folders_are_searched_for_slides_and_stores_are_none(picture: Path, tmp_path: Path) -> None:
-    folder = picture.parent
-    for name in ("deep/er/B.SVS", "notes.txt", ".hidden/c.svs", "x.ome.zarr/zarr.json", "x.ome.zarr/0/d.tif"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    (folder / "loop").symlink_to(folder)
-    embed_slide(picture, folder, encoder=ColourEncoder(), assume_mpp=0.5)
-    assert [path.relative_to(folder).as_posix() for path in find_slides([folder])] == [
-        "a.png",
-        "deep/er/B.SVS",
-        "x.ome.zarr",
-    ]
-    assert find_slides([picture, folder / "deep" / ".." / "a.png"]) == [picture]
-    assert find_slides([folder / "x.ome.zarr"]) == [folder / "x.ome.zarr"]
-    (tmp_path / "nothing").mkdir()
-    with pytest.raises(UsageError, match="no slides"):
-        find_slides([tmp_path / "nothing"])
-
-
 def test_an_output_that_cannot_be_written_to_stops_everything(picture: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MachineError):
         embed_slides([picture], tmp_path / "file", encoder=ColourEncoder(), assume_mpp=0.5)
-
-
-def test_names() -> None:
-    assert [slide_name(Path(name)) for name in ("a.svs", "b.ome.tif", "c.1.TIFF", "d.ome.zarr", "e")] == [
-        "a",
-        "b",
-        "c.1",
-        "d",
-        "e",
-    ]
 
 
 def test_fingerprints_follow_the_bytes(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ The modules, in the order of the data; a module imports only what stands above i
     encoder       Encoder, load_encoder: a tile becomes a vector
     golden        whether a loaded encoder is the one that its name promises
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
+    inputs        the slides that are meant by what a user names, and what each is called
     embed         verb: slide -> store
     interchange   a store in the files that others read: TRIDENT, STAMP, AnnData, Parquet, GeoJSON
     foreign       embeddings that others made, as maps for a brush

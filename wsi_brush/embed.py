@@ -7,9 +7,7 @@ the same embedding, in whatever region it is asked for.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from .commit import check_target, fingerprint, read_manifest
 from .errors import MachineError, RefusedError, SlideError, UsageError, WsiBrushError
 from .grid import Grid
+from .inputs import find_inputs, slide_name
 from .outlines import find_outlines, outlines_digest, read_outlines
 from .slide import Slide, open_slide
 from .store import KIND, EmbeddingMap, EmbeddingStore, write_store
@@ -30,13 +29,6 @@ PITCHES = (0.5, 2.0, 8.0)
 """µm a pixel at which tiles are seen: nuclei, glands, architecture."""
 COVER = 0.05
 """Share of a tile that must be tissue for it to be embedded."""
-SUFFIXES = frozenset(
-    (
-        *(".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"),
-        *(".zarr", ".png", ".jpg", ".jpeg"),
-    )
-)
-"""What is taken for a slide when a folder is searched; a file that is named is tried whatever it is called."""
 
 _BATCH = 128  # tiles given to the encoder at once
 _WINDOW, _FOOTPRINT = 1024, 8192  # pixels a side read at once: at the pitch, and at level 0 (a slide may have no other)
@@ -174,22 +166,23 @@ def embed_slides(
     progress: Callable[[Path, int, int], None] | None = None,
     outlines: Path | None = None,
 ) -> list[SlideReport]:
-    """Embed slides and folders of slides; one that fails costs itself only. `progress` also gets the slide.
+    """Embed what `inputs.find_inputs` finds; one that fails costs itself only. `progress` also gets the slide.
 
     Raises:
-        UsageError: if a folder holds no slides, or there is one file of outlines for several.
+        UsageError: if the words mean no slides, or there is one file of outlines for several.
         MachineError: if `out` cannot be written to, or the disk is full.
     """
-    reports, slides = [], list(named_slides(paths))
+    reports, slides = [], find_inputs(paths)
     check_outlines(outlines, len(slides))
-    for path, name in slides:
+    for one in slides:
+        path, name = one.path, one.name
         tell = None if progress is None else (lambda done, total, path=path: progress(path, done, total))
         try:
             report = embed_slide(
                 path,
                 out,
                 encoder=encoder,
-                assume_mpp=assume_mpp,
+                assume_mpp=one.mpp or assume_mpp,
                 force_mpp=force_mpp,
                 overwrite=overwrite,
                 progress=tell,
@@ -211,22 +204,6 @@ def embed_slides(
     return reports
 
 
-def find_slides(paths: Iterable[Path | str]) -> list[Path]:
-    """Files as they are, and the slides in folders at every depth, in the order of their names; each once.
-
-    Raises:
-        UsageError: if a folder holds no slides.
-    """
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        slides = list(_walk(path)) if path.is_dir() and path.suffix.lower() != ".zarr" else [path]
-        if not slides:
-            raise UsageError(f"{path}: no slides in this folder; known are {' '.join(sorted(SUFFIXES))}")
-        for slide in slides:
-            found.setdefault(slide.resolve(), slide)
-    return list(found.values())
-
-
 def check_outlines(place: Path | None, slides: int) -> None:
     """Whether outlines can be those of so many slides.
 
@@ -239,14 +216,6 @@ def check_outlines(place: Path | None, slides: int) -> None:
         raise UsageError(
             f"{place}: the tissue of one slide, for {slides}; give a folder with SLIDENAME.geojson of each"
         )
-
-
-def slide_name(path: Path) -> str:
-    """The name of a slide's file without its endings: lung for lung.ome.tif."""
-    name = path.name
-    while Path(name).suffix.lower() in SUFFIXES | {".ome"}:
-        name = Path(name).stem
-    return name
 
 
 def slide_fingerprint(path: Path) -> str:
@@ -372,31 +341,3 @@ def _is_done(target: Path, parameters: dict[str, Any], *, overwrite: bool) -> bo
             f"{target}: made otherwise ({'; '.join(differences)}); choose another output or pass --overwrite"
         )
     return not differences
-
-
-def named_slides(paths: Iterable[Path | str]) -> Iterator[tuple[Path, str]]:
-    """A name for each slide of `find_slides`; those of one name in several folders get a digest of where they are."""
-    slides = find_slides(paths)
-    count = Counter(slide_name(path) for path in slides)
-    for path in slides:
-        name = slide_name(path)
-        place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
-        yield path, name if count[name] == 1 else f"{name}-{place}"
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or (path.is_dir() and path.is_symlink()):
-            continue  # stages of commits, shadows of other systems; links may go round in circles
-        if path.is_dir() and path.suffix.lower() != ".zarr":
-            yield from _walk(path)
-        elif path.suffix.lower() in SUFFIXES and not _is_store(path):
-            yield path
-
-
-def _is_store(path: Path) -> bool:
-    """Whether a folder is a store of embeddings, which stand beside slides and are none."""
-    try:
-        return (read_manifest(path) or {}).get("kind") == KIND
-    except RefusedError:
-        return False

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .embed import find_slides, slide_fingerprint
+from .embed import slide_fingerprint
 from .grid import Grid
+from .inputs import find_inputs
 from .progress import Tell, Told
 from .samples import Field, field_of
 from .slide import Slide, open_slide
@@ -75,11 +76,12 @@ def open_all(
     """
     found = []
     for path in paths:
-        for one in [path] if isinstance(path, Slide) else find_slides([path]):
-            if not isinstance(one, Slide):
-                force = None if force_mpp is None or painted_after(one) else force_mpp
-                one = open_slide(one, assume_mpp=assume_mpp, force_mpp=force)
-            found.append(one)
+        if isinstance(path, Slide):
+            found.append(path)
+            continue
+        for one in find_inputs([path]):
+            force = None if force_mpp is None or painted_after(one.path) else force_mpp
+            found.append(open_slide(one.path, assume_mpp=one.mpp or assume_mpp, force_mpp=force))
     return found
 
 

@@ -15,7 +15,9 @@ from .options import ENCODERS, AssumeMpp, Debug, DryRun, ForceMpp, Json, Overwri
 
 
 def embed(
-    slides: Annotated[list[Path], typer.Argument(help="Slides, or folders of slides.")],
+    slides: Annotated[
+        list[Path], typer.Argument(help="Slides, folders of them, quoted patterns, or a CSV with path[,mpp,id].")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the stores, one a slide.")],
     encoder: Annotated[str, typer.Option(help=f"{ENCODERS}.")] = "bundled",
     tissue: Annotated[

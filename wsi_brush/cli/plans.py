@@ -22,18 +22,19 @@ def plan_embedding(
     outlines: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What would be embedded, and what it would need; slides that cannot be read are named."""
-    from ..embed import COVER, PITCHES, check_outlines, named_slides
+    from ..embed import COVER, PITCHES, check_outlines
     from ..estimate import encoder_seconds
+    from ..inputs import find_inputs
     from ..outlines import find_outlines, read_outlines
     from ..slide import open_slide
     from ..tissue import find_tissue
 
-    slides, failed, tiles = list(named_slides(paths)), [], 0
+    slides, failed, tiles = find_inputs(paths), [], 0
     check_outlines(outlines, len(slides))
-    for path, name in slides:
+    for one in slides:
         try:
-            slide = open_slide(path, assume_mpp=assume_mpp, force_mpp=force_mpp)
-            drawn = None if outlines is None else find_outlines(outlines, name)
+            slide = open_slide(one.path, assume_mpp=one.mpp or assume_mpp, force_mpp=force_mpp)
+            drawn = None if outlines is None else find_outlines(outlines, one.name)
             tissue = find_tissue(slide) if drawn is None else read_outlines(drawn, slide)
         except SlideError as error:
             failed.append(str(error))
@@ -42,7 +43,7 @@ def plan_embedding(
             tiles += sum(int((cover >= COVER).sum()) for cover in covers)
     minutes = encoder_seconds(encoder, tiles) / 60
     return {
-        "slides": [str(path) for path, _ in slides],
+        "slides": [str(one.path) for one in slides],
         "unreadable": failed,
         "tiles": tiles,
         "time": f"about {minutes:.1f} minutes, and the reading",

@@ -4,6 +4,7 @@ resample      exact, place-independent resampling
 pixelsize     how large a pixel is, and who says so
 tiff          whether a TIFF is whole, and what its first page holds
 readers       OpenSlide, TiffSlide, OME-Zarr, plain images: pixels of a level
+dicom         DICOM: which files are one slide, and the pixels of their levels
 slide         Slide, open_slide
 """
 

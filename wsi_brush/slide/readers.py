@@ -262,11 +262,6 @@ class ImageReader:
             self.close()
 
 
-READERS: dict[str, type[Reader]] = {
-    reader.name: reader for reader in (OpenSlideReader, TiffSlideReader, OmeZarrReader, ImageReader)
-}
-
-
 def on_white(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """RGB as it is; RGBA composited on white."""
     if pixels.shape[2] == 3:

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from ..errors import SlideError
 from ..grid import Grid
-from . import tiff
+from . import dicom, tiff
 from .pixelsize import PixelSize, choose
 from .readers import (
-    READERS,
     ImageReader,
     Level,
     OmeZarrReader,
@@ -27,6 +26,10 @@ from .readers import (
     UnreadableError,
 )
 from .resample import resample
+
+READERS: dict[str, type[Reader]] = {
+    reader.name: reader for reader in (OpenSlideReader, TiffSlideReader, OmeZarrReader, ImageReader, dicom.DicomReader)
+}
 
 COARSER = 0.98  # a level up to 2 % coarser than asked for will do: interpolating it loses less than the eye sees
 
@@ -104,18 +107,18 @@ class Slide:
 
 
 def open_slide(path: str | Path, *, assume_mpp: float | None = None, force_mpp: float | None = None) -> Slide:
-    """Open a slide: whatever OpenSlide or TiffSlide reads, an OME-Zarr, or a plain image.
+    """Open a slide: whatever OpenSlide or TiffSlide reads, an OME-Zarr, a DICOM series, or a plain image.
 
-    The format is found in the content, not in the name. `assume_mpp` stands in for a pixel size that the
-    header lacks, `force_mpp` replaces the header's.
+    The format is found in the content, not in the name. Of a DICOM series any file may be named, or the folder, where
+    there is no other in it; the slide's path is then the file of its level 0. `assume_mpp` stands in for a pixel size
+    that the header lacks, `force_mpp` replaces the header's.
 
     Raises:
         SlideError: if there is no such file, or it is damaged, or no RGB image of 8 bits.
         PixelSizeError: if the pixel size is missing or implausible.
         UsageError: if the pixel size given is itself implausible.
     """
-    path = Path(path)
-    reader, sizes = _open_reader(path)
+    path, reader, sizes = _open_reader(Path(path))
     reader.close()
     size = choose(path, sizes, assume_mpp=assume_mpp, force_mpp=force_mpp)
     full = reader.levels[0]
@@ -128,31 +131,57 @@ def open_slide(path: str | Path, *, assume_mpp: float | None = None, force_mpp: 
     return Slide(path, size.pitch, size.source, reader.name, grid, reader.levels, pixel, reader.synthetic, found)
 
 
-def _open_reader(path: Path) -> tuple[Reader, list[PixelSize]]:
-    """The reader for what is at `path`, and every pixel size that its header gives."""
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a Zarr group."""
+    return any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zattrs"))
+
+
+def _open_reader(path: Path) -> tuple[Path, Reader, list[PixelSize]]:
+    """Where the slide at `path` stands, the reader for it, and every pixel size that its header gives."""
     reader: Reader
     try:
-        if path.is_dir():
-            if not any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zattrs")):
-                raise SlideError(f"{path}: a folder, but no OME-Zarr (no zarr.json or .zgroup); expected a slide file")
+        if path.is_dir() and is_zarr(path):
             reader = OmeZarrReader(path)
-            return reader, reader.sizes
+            return path, reader, reader.sizes
+        path = dicom.slide_file(path)
+        if path.is_dir():
+            raise SlideError(
+                f"{path}: a folder, but no OME-Zarr (no zarr.json or .zgroup) and no DICOM; expected a slide file"
+            )
         if path.exists() and not path.is_file():
             raise SlideError(f"{path}: neither a file nor a folder; expected a slide")
         with path.open("rb") as file:
-            magic = file.read(8)
+            magic = file.read(dicom.AT + len(dicom.MAGIC))
         if not magic:
             raise SlideError(f"{path}: an empty file; expected a slide")
         if magic[:4] in tiff.MAGICS:
-            return _open_tiff(path)
+            return path, *_open_tiff(path)
+        if magic[dicom.AT :] == dicom.MAGIC:
+            return path, *_open_dicom(path)
         reader = ImageReader(path) if magic.startswith((b"\x89PNG", b"\xff\xd8\xff")) else OpenSlideReader(path)
-        return reader, reader.sizes
+        return path, reader, reader.sizes
     except FileNotFoundError:
         raise SlideError(f"{path}: no such file") from None
     except OSError as error:
         raise SlideError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnreadableError as error:
         raise SlideError(f"{path}: not a slide that can be read ({error})") from None
+
+
+def _open_dicom(path: Path) -> tuple[Reader, list[PixelSize]]:
+    """wsidicom, which reads three times as fast as OpenSlide (measured on H&E as JPEG; the pixels are the same) and all
+    levels exactly; where it refuses, or is not there, OpenSlide."""
+    first, refusal = _try(dicom.DicomReader, path)
+    if first:
+        return first, first.sizes
+    second, refusal_too = _try(OpenSlideReader, path)
+    wanted = {(header.height, header.width) for _, header in dicom.levels_beside(path)}
+    if isinstance(second, OpenSlideReader) and not wanted <= _shapes(second.all_levels):
+        second.close()
+        second, refusal_too = None, "a level of its series cannot be read"
+    if second:
+        return second, second.sizes
+    raise UnreadableError(f"wsidicom: {refusal}; OpenSlide: {refusal_too}")
 
 
 def _open_tiff(path: Path) -> tuple[Reader, list[PixelSize]]:
