@@ -30,10 +30,10 @@ def doctor(
     """Whether this machine, the weights and the slides' headers are fit; OK, look or bad. Nothing heavy is loaded."""
     with errors(debug), _packages_missing():
         from ..doctor import check_machine, check_weights, exit_code, free_disk
-        from ..embed import find_slides
         from ..headers import check_cohort, check_slide
+        from ..inputs import find_inputs
 
-        paths = find_slides(slides or [])
+        inputs = find_inputs(slides or [])
 
         def show(finding: Finding) -> None:
             if json_:
@@ -50,8 +50,9 @@ def doctor(
             for finding in findings:
                 part.append(finding)
                 show(finding)
-        for path in paths:
-            examined.append(check_slide(path, assume_mpp=assume_mpp, force_mpp=force_mpp))
+        for one in inputs:
+            mpp = assume_mpp if one.mpp is None else one.mpp
+            examined.append(check_slide(one.path, assume_mpp=mpp, force_mpp=force_mpp))
             for finding in examined[-1].findings:
                 show(finding)
         cohort = check_cohort(examined, free_disk(out)) if len(examined) > 1 else None
