@@ -13,6 +13,8 @@ The modules, in the order of the data; a module imports only what stands above i
     scratch       what a painting holds while it is painted, in memory or on disk
     grid          Grid: a rectangle of pixels on the plane, in µm
     slide         Slide, open_slide: a colour at every point
+    tiles         the tiles of a lattice, read in windows and handed out in batches
+    reading       Readers: processes that read tiles ahead, so that damage costs a tile
     tissue        Tissue, find_tissue: where there is something to look at
     outlines      tissue as polygons: the GeoJSON of QuPath, out and in
     zoo           the encoders that are known by name, as data

@@ -7,6 +7,7 @@ readers       OpenSlide, TiffSlide, OME-Zarr, plain images: pixels of a level
 slide         Slide, open_slide
 """
 
+from .readers import Level
 from .slide import Slide, open_slide
 
-__all__ = ["Slide", "open_slide"]
+__all__ = ["Level", "Slide", "open_slide"]
