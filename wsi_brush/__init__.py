@@ -23,6 +23,8 @@ The modules, in the order of the data; a module imports only what stands above i
     encoder       Encoder, load_encoder: a tile becomes a vector
     golden        whether a loaded encoder is the one that its name promises
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
+    blocks        what is done of a long slide, for a run that is killed
+    regions       tiles through an encoder, onto lattices; what cannot be read is named
     embed         verb: slide -> store
     interchange   a store in the files that others read: TRIDENT, STAMP, AnnData, Parquet, GeoJSON
     foreign       embeddings that others made, as maps for a brush
