@@ -28,8 +28,8 @@ def embed(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes that read the slide; 0: none, and a file that makes OpenSlide abort ends it all. By default "
-            "1, with an encoder on a GPU up to 8.",
+            help="Processes that read a slide; 0: none, a file that makes OpenSlide abort then ends it all. Default 1, "
+            "with an encoder on a GPU up to 8.",
             min=0,
             show_default=False,
         ),
