@@ -140,10 +140,8 @@ class Encoder:
     @torch.inference_mode()
     def _embed(self, batch: Tensor) -> Tensor:
         # A permuted (n, y, x, c) array is channels-last already: no copy.
-        pixels = (
-            self._resized(batch.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float()) * self._scale
-            + self._shift
-        )
+        levels = batch.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float()
+        pixels = self._resized(levels) * self._scale + self._shift
         pooled: Tensor = self._network(pixels)
         return ((pooled - self._centre) / self._spread).float().cpu()
 
