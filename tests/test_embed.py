@@ -455,7 +455,7 @@ def test_a_damaged_tile_costs_one_tile(tissue_slide: Path, tmp_path: Path, worke
     again = embed_slide(path, tmp_path / "out", encoder=ColourEncoder())
     assert (again.status, again.bad_tiles) == ("unchanged", 16)
     for out in ("out", "strict"):
-        with pytest.raises(SlideError, match=r"a\.tif: .*(rows 384-512, columns 512-640|16 tiles could not)"):
+        with pytest.raises(SlideError, match=r"a\.tif: .*(rows 384-416, columns 512-544|16 tiles could not)"):
             embed_slide(path, tmp_path / out, encoder=ColourEncoder(), workers=workers, strict=True)
     assert list((tmp_path / "strict").iterdir()) == []
 
@@ -480,7 +480,7 @@ def test_a_slide_of_damaged_tiles_fails(tissue_slide: Path, tmp_path: Path) -> N
     damage(path, *range(64))
     (report,) = embed_slides([path], tmp_path / "out", encoder=ColourEncoder())
     assert (report.status, report.exit_code) == ("failed", 3)
-    assert "none of its 1109 tiles can be read" in report.message
+    assert "none of its 1092 tiles can be read" in report.message
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -517,13 +517,13 @@ print(embed.embed_slide(sys.argv[1], sys.argv[2], encoder=Slow()).status, flush=
 
 
 def test_a_killed_run_goes_on_at_the_block(tissue_slide: Path, tmp_path: Path) -> None:
-    """Killed again and again, each time after a few batches: no batch is made twice, and the store is the same."""
+    """Killed again and again, each time after a batch: no batch is made twice, and the store is the same."""
     here, out = Path(__file__).parent, tmp_path / "out"
     command = [sys.executable, "-c", SLOW, str(tissue_slide), str(out), str(here), str(here.parent)]
     whole = ColourEncoder()
     expected = embed_slide(tissue_slide, tmp_path / "whole", encoder=whole)
     made = 0
-    for batches in (2, 3):
+    for batches in (1, 1):
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
             assert run.stdin is not None
             assert run.stdout is not None

@@ -79,7 +79,7 @@ def test_any_number_of_readers_gives_the_same(slide: Slide) -> None:
 @pytest.mark.parametrize(
     ("how", "limits", "why"),
     [
-        ("abort", {}, "the reader dies of it, signal 6"),
+        ("abort", {}, "the reader dies of it, by signal 6"),
         ("hang", {"seconds": 3}, "it takes more than 3 s"),
         ("eat", {"memory": 1 << 30}, r"it takes more than 1\.1 GB"),
     ],

@@ -164,7 +164,7 @@ class _Reader:
         os.close(self._file)
 
     def _start(self) -> None:
-        quiet = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+        quiet = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")} | {"MALLOC_ARENA_MAX": "2"}
         command = [*COMMAND, json.dumps(sys.path)]
         try:
             self._process = subprocess.Popen(

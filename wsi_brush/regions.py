@@ -109,11 +109,13 @@ def embed_lattices(
         rows = np.concatenate(kept)
         put(rows, ((window.grid.mpp, window.cells) for window in order()))
         done = len(rows)
+        if strict and damage:
+            raise SlideError(f"{slide.path}: {len(damage)} tiles could not be read before this run was killed")
     for batch in batches(readers.read(without_first(order(), done)), encoder.tile):
         if batch.bad:
             damage.why = damage.why or next(iter(batch.bad.values()))
-        if strict and (damage or batch.bad):
-            raise SlideError(damage.why or f"{slide.path}: some tiles cannot be read")
+            if strict:
+                raise SlideError(damage.why)
         rows = _vectors(slide, encoder, batch)
         put(rows, batch.runs)
         if blocks is not None:

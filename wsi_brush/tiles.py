@@ -118,9 +118,9 @@ def read_window(slide: Slide, window: Window, out: NDArray[np.uint8]) -> dict[in
     try:
         pixels = slide.read(window.grid)
     except SlideError as error:
-        if len(window) == 1:
+        if len(window) == 1 or slide.reader == "image":  # which is read as a whole, or not at all
             out[:] = 0
-            return {0: str(error)}
+            return dict.fromkeys(range(len(window)), str(error))
     else:
         for number, (row, column) in enumerate(window.places * tile):
             out[number] = pixels[row : row + tile, column : column + tile]
