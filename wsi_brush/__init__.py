@@ -13,6 +13,8 @@ The modules, in the order of the data; a module imports only what stands above i
     scratch       what a painting holds while it is painted, in memory or on disk
     grid          Grid: a rectangle of pixels on the plane, in µm
     slide         Slide, open_slide: a colour at every point
+    tiles         the tiles of a lattice, read in windows and handed out in batches
+    reading       Readers: processes that read tiles ahead, so that damage costs a tile
     tissue        Tissue, find_tissue: where there is something to look at
     outlines      tissue as polygons: the GeoJSON of QuPath, out and in
     zoo           the encoders that are known by name, as data
@@ -22,6 +24,8 @@ The modules, in the order of the data; a module imports only what stands above i
     golden        whether a loaded encoder is the one that its name promises
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
     inputs        the slides that are meant by what a user names, and what each is called
+    blocks        what is done of a long slide, for a run that is killed
+    regions       tiles through an encoder, onto lattices; what cannot be read is named
     embed         verb: slide -> store
     interchange   a store in the files that others read: TRIDENT, STAMP, AnnData, Parquet, GeoJSON
     foreign       embeddings that others made, as maps for a brush

@@ -6,59 +6,34 @@ the same embedding, in whatever region it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from . import __version__
+from .blocks import Blocks
 from .commit import check_target, fingerprint, read_manifest
 from .errors import MachineError, RefusedError, SlideError, UsageError, WsiBrushError
 from .grid import Grid
 from .inputs import find_inputs, slide_name
 from .outlines import find_outlines, outlines_digest, read_outlines
+from .reading import Readers
+from .regions import COVER as COVER
+from .regions import Progress, embed_lattices, readable_tissue
+from .regions import TileEncoder as TileEncoder
+from .scratch import WORK, working
 from .slide import Slide, open_slide
 from .store import KIND, EmbeddingMap, EmbeddingStore, write_store
 from .tissue import RULES, Tissue, find_tissue
 
 PITCHES = (0.5, 2.0, 8.0)
 """µm a pixel at which tiles are seen: nuclei, glands, architecture."""
-COVER = 0.05
-"""Share of a tile that must be tissue for it to be embedded."""
 
-_BATCH = 128  # tiles given to the encoder at once
-_WINDOW, _FOOTPRINT = 1024, 8192  # pixels a side read at once: at the pitch, and at level 0 (a slide may have no other)
 _SAMPLE, _SAMPLES = 1 << 20, 64  # bytes of a piece, and pieces, of a large file that its fingerprint is made from
-
-Progress = Callable[[int, int], None]
-"""Called with the tiles done and the tiles there are."""
-
-
-class TileEncoder(Protocol):
-    """What embedding asks of an encoder (`encoder.Encoder` is one)."""
-
-    @property
-    def name(self) -> str:
-        """What it was loaded as."""
-
-    @property
-    def dim(self) -> int:
-        """Numbers in an embedding."""
-
-    @property
-    def tile(self) -> int:
-        """Side of a tile, pixels."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of its weights and of what is done to a tile before them."""
-
-    def __call__(self, tiles: NDArray[np.uint8], /) -> NDArray[np.float32]:
-        """(n, tile, tile, 3) -> (n, dim)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +49,8 @@ class SlideReport:
     mpp_source: str = ""
     message: str = ""
     exit_code: int = 0
+    bad_tiles: int = 0
+    """Tiles that cannot be read, NaN in the store; they are not in `tiles`."""
 
 
 def embed_region(
@@ -90,28 +67,11 @@ def embed_region(
     A tile of which less than `COVER` is tissue is NaN; tiles reach beyond the region, and see white beyond the slide.
 
     Raises:
-        SlideError: if the slide cannot be read, or the encoder answers with numbers that are not finite.
+        SlideError: if a tile cannot be read, or the encoder answers with numbers that are not finite.
     """
     tissue = find_tissue(slide) if tissue is None else tissue
-    lattices = {mpp: region.at(encoder.tile * mpp) for mpp in pitches}
-    wanted = {mpp: tissue.cover(lattice) >= COVER for mpp, lattice in lattices.items()}
-    done, total = 0, sum(int(cells.sum()) for cells in wanted.values())
-    maps = {}
-    for mpp, lattice in lattices.items():
-        values = np.full((*lattice.shape, encoder.dim), np.nan, np.float16)
-        for cells, tiles in _batches(slide, lattice, mpp, wanted[mpp], encoder.tile):
-            with np.errstate(over="ignore"):  # what does not fit is found on the next line
-                vectors = encoder(tiles).astype(np.float16)
-            if not np.isfinite(vectors).all():
-                raise SlideError(
-                    f"{slide.path}: encoder {encoder.name} gives numbers that are not finite at {mpp} µm/px"
-                )
-            values[tuple(cells.T)] = vectors
-            done += len(cells)
-            if progress is not None:
-                progress(done, total)
-        maps[mpp] = EmbeddingMap(mpp, lattice, values)
-    return maps
+    with Readers(slide) as readers:
+        return embed_lattices(slide, region, tissue, readers, encoder, pitches, strict=True, progress=progress)[0]
 
 
 def embed_slide(
@@ -125,14 +85,18 @@ def embed_slide(
     progress: Progress | None = None,
     name: str | None = None,
     outlines: Path | None = None,
+    workers: int = 0,
+    strict: bool = False,
 ) -> SlideReport:
     """Embed a whole slide into the store `out`/NAME.zarr, by default named after the slide.
 
     A finished store of the same slide and parameters is left as it is, also under `overwrite`. `outlines` (GeoJSON, or
-    a folder with NAME.geojson) says what is tissue; without, it is looked for.
+    a folder with NAME.geojson) says what is tissue; without, it is looked for. `workers`: processes that read (see
+    `reading`). A tile that cannot be read is NaN, listed in the store and counted in the report; `strict` refuses it.
+    Killed, the same call goes on.
 
     Raises:
-        SlideError: if the slide or its outlines cannot be read.
+        SlideError: if the slide or its outlines cannot be read, or none of its tiles, or with `strict` one of them.
         RefusedError: if the store is there and damaged, foreign, or made otherwise; the message says what differs.
         MachineError: if the store cannot be written.
     """
@@ -142,17 +106,41 @@ def embed_slide(
     slide = open_slide(path, assume_mpp=assume_mpp, force_mpp=force_mpp)
     drawn = None if outlines is None else find_outlines(outlines, name)
     about = _provenance(slide, path, encoder, drawn)
+    run = about["parameters"] | {"version": __version__}
     if _is_done(target, about["parameters"], overwrite=overwrite):
-        return SlideReport(path, target, "unchanged", mpp=slide.mpp, mpp_source=slide.mpp_source)
+        if (target.parent / f"{WORK}{target.name}").exists():  # killed when it had only this to do
+            with contextlib.suppress(RefusedError), working(target, run, overwrite=overwrite):
+                pass
+        bad = sum(one["tiles"] for one in EmbeddingStore.open(target).about.get("damaged", {}).values())
+        if bad and strict:
+            raise SlideError(f"{path}: {_bad_tiles(bad)} when {target} was made; remove it, or leave out --strict")
+        return SlideReport(
+            path, target, "unchanged", mpp=slide.mpp, mpp_source=slide.mpp_source, bad_tiles=bad,
+            message=f"{path}: {_bad_tiles(bad)}, NaN in the store" if bad else "",
+        )  # fmt: skip
     check_target(target, kind=KIND, overwrite=overwrite)
-    tissue = find_tissue(slide) if drawn is None else read_outlines(drawn, slide)
-    maps = embed_region(slide, slide.grid, encoder=encoder, tissue=tissue, progress=progress)
-    tiles = {f"{mpp:g}": int(one.present.sum()) for mpp, one in maps.items()}
-    about |= {"tiles": tiles, "tissue_fraction": round(tissue.fraction, 4)}
-    write_store(target, maps, tissue=tissue, about=about, overwrite=overwrite)
-    count, seconds = sum(tiles.values()), time.monotonic() - start
-    status, message = ("done", "") if count else ("empty", "no tissue found")
-    return SlideReport(path, target, status, count, seconds, slide.mpp, slide.mpp_source, message)
+    with working(target, run, overwrite=overwrite) as work, Readers(slide, workers, tile=encoder.tile) as readers:
+        tissue = readable_tissue(slide, readers) if drawn is None else read_outlines(drawn, slide)
+        maps, damage = embed_lattices(
+            slide, slide.grid, tissue, readers, encoder, PITCHES, strict=strict, progress=progress,
+            blocks=Blocks(work.folder, encoder.dim),
+        )  # fmt: skip
+        tiles = {f"{mpp:g}": int(one.present.sum()) for mpp, one in maps.items()}
+        count, bad = sum(tiles.values()), len(damage)
+        if bad and not count:
+            raise SlideError(f"{path}: none of its {bad} tiles can be read ({damage.why})")
+        about |= {"tiles": tiles, "tissue_fraction": round(tissue.fraction, 4)}
+        about |= {"damaged": damage.about()} if bad else {}
+        write_store(target, maps, tissue=tissue, about=about, overwrite=overwrite)
+    message = f"{path}: {_bad_tiles(bad)}, NaN in the store" if bad else "" if count else "no tissue found"
+    status, seconds = "done" if count else "empty", time.monotonic() - start
+    return SlideReport(
+        path, target, status, count, seconds, slide.mpp, slide.mpp_source, message, bad_tiles=bad
+    )  # fmt: skip
+
+
+def _bad_tiles(count: int) -> str:
+    return "1 tile could not be read" if count == 1 else f"{count} tiles could not be read"
 
 
 def embed_slides(
@@ -165,8 +153,11 @@ def embed_slides(
     overwrite: bool = False,
     progress: Callable[[Path, int, int], None] | None = None,
     outlines: Path | None = None,
+    workers: int = 0,
+    strict: bool = False,
 ) -> list[SlideReport]:
-    """Embed what `inputs.find_inputs` finds; one that fails costs itself only. `progress` also gets the slide.
+    """Embed what `inputs.find_inputs` finds; one that fails costs itself only. `progress` also gets the slide; the
+    rest is as in `embed_slide`.
 
     Raises:
         UsageError: if the words mean no slides, or there is one file of outlines for several.
@@ -188,6 +179,8 @@ def embed_slides(
                 progress=tell,
                 name=name,
                 outlines=outlines,
+                workers=workers,
+                strict=strict,
             )
         except (UsageError, MachineError):
             raise  # would cost every slide that follows
@@ -243,46 +236,6 @@ def _digest_file(path: Path, update: Callable[[bytes], None], *, samples: int) -
         for start in range(0, size, step):
             file.seek(start)
             update(file.read(_SAMPLE))
-
-
-def _batches(
-    slide: Slide, lattice: Grid, mpp: float, wanted: NDArray[np.bool_], tile: int
-) -> Iterator[tuple[NDArray[np.intp], NDArray[np.uint8]]]:
-    """The wanted tiles of a lattice: their rows and columns in `wanted` (n, 2), and pixels (n, tile, tile, 3).
-
-    Tiles are read in windows of many, windows without a wanted tile not at all.
-    """
-    side = max(1, int(min(_WINDOW, _FOOTPRINT * slide.mpp / mpp)) // tile)
-    cells: list[NDArray[np.intp]] = []
-    tiles: list[NDArray[np.uint8]] = []
-    waiting = 0
-    for block in lattice.tiles(side):
-        rows, columns = block.within(lattice)
-        inside = np.argwhere(wanted[rows, columns])
-        if not len(inside):
-            continue
-        (top, left), (bottom, right) = inside.min(axis=0), inside.max(axis=0) + 1
-        window = Grid(
-            mpp,
-            (block.top + int(top)) * tile,
-            (block.left + int(left)) * tile,
-            int(bottom - top) * tile,
-            int(right - left) * tile,
-        )
-        pixels = slide.read(window).reshape(int(bottom - top), tile, int(right - left), tile, 3).swapaxes(1, 2)
-        cells.append(inside + np.array([rows.start, columns.start]))
-        tiles.append(pixels[inside[:, 0] - top, inside[:, 1] - left])
-        waiting += len(inside)
-        if waiting >= _BATCH:
-            yield from _cut(np.concatenate(cells), np.concatenate(tiles))
-            cells, tiles, waiting = [], [], 0
-    if waiting:
-        yield from _cut(np.concatenate(cells), np.concatenate(tiles))
-
-
-def _cut(cells: NDArray[np.intp], tiles: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.intp], NDArray[np.uint8]]]:
-    for start in range(0, len(cells), _BATCH):
-        yield cells[start : start + _BATCH], tiles[start : start + _BATCH]
 
 
 def terms_of(encoder: object) -> dict[str, str | None]:

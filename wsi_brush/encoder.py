@@ -108,6 +108,11 @@ class Encoder:
         return self.about.fingerprint
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
+
+    @property
     def terms(self) -> dict[str, str | None]:
         """Its licence, and what its terms ask of what is made from its embeddings: it stands in stores and brushes."""
         return {"licence": self.about.licence, "outputs": self.about.outputs}
@@ -126,15 +131,17 @@ class Encoder:
         embeddings = np.empty((len(tiles), self.dim), np.float32)
         for start in range(0, len(tiles), MICRO_BATCH):
             part = tiles[start : start + MICRO_BATCH]
-            batch = np.zeros((MICRO_BATCH, *tiles.shape[1:]), np.uint8)
-            batch[: len(part)] = part
-            embeddings[start : start + len(part)] = self._embed(torch.from_numpy(batch))[: len(part)].numpy()
+            pinned = self._device.type == "cuda"  # a GPU fetches it by itself; torch keeps such memory for the next
+            batch = torch.zeros((MICRO_BATCH, *tiles.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+            batch.numpy()[: len(part)] = part
+            embeddings[start : start + len(part)] = self._embed(batch)[: len(part)].numpy()
         return embeddings
 
     @torch.inference_mode()
     def _embed(self, batch: Tensor) -> Tensor:
         # A permuted (n, y, x, c) array is channels-last already: no copy.
-        pixels = self._resized(batch.to(self._device).permute(0, 3, 1, 2).float()) * self._scale + self._shift
+        levels = batch.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float()
+        pixels = self._resized(levels) * self._scale + self._shift
         pooled: Tensor = self._network(pixels)
         return ((pooled - self._centre) / self._spread).float().cpu()
 

@@ -88,7 +88,9 @@ def _store(store: EmbeddingStore) -> dict[str, Any]:
     for mpp in about["pitches"]:
         lattice = store.lattice_at(mpp)
         tiles = about.get("tiles", {}).get(f"{mpp:g}")
-        maps.append({"mpp": mpp, "rows": lattice.height, "columns": lattice.width, "tiles": tiles})
+        one = {"mpp": mpp, "rows": lattice.height, "columns": lattice.width, "tiles": tiles}
+        bad = about.get("damaged", {}).get(f"{mpp:g}")
+        maps.append(one if bad is None else one | {"could_not_be_read": bad["tiles"]})
     return {
         "synthetic": about.get("synthetic"),
         "slide": slide.get("name"),

@@ -24,7 +24,7 @@ from .cluster import Cluster
 from .commit import check_target, staged
 from .embed import embed_region, slide_fingerprint
 from .encoder import Encoder
-from .errors import UsageError
+from .errors import SlideError, UsageError
 from .grid import Grid
 from .machine import check_precision, find_device, undisturbed
 from .paint import Show, check_rival, paint_canvas
@@ -198,7 +198,10 @@ def synthesize_slide(
     def maps() -> dict[float, EmbeddingMap]:
         told = None if tell is None else (lambda done, total: tell("embedding the reference", done, total))
         area = whole(canvas, ladder)
-        return embed_region(slide, area, encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told)
+        try:
+            return embed_region(slide, area, encoder=encoder, pitches=brush.pitches, tissue=tissue, progress=told)
+        except SlideError as error:  # without its embeddings, glass would be painted there
+            raise SlideError(f"{error}; choose another place with --region TOP,LEFT,HEIGHT,WIDTH") from None
 
     _paint(
         target, canvas, maps, painting, brush=brush, parameters=parameters, about=about, overwrite=overwrite,

@@ -27,6 +27,18 @@ def embed(
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,
     overwrite: Overwrite = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that read a slide; 0: none, a file that makes OpenSlide abort then ends it all. Default 1, "
+            "with an encoder on a GPU up to 8.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A tile that cannot be read fails its slide; else it is NaN, and counted.")
+    ] = False,
     threads: Threads = 0,
     json_: Json = False,
     quiet: Quiet = False,
@@ -37,6 +49,7 @@ def embed(
     with errors(debug):
         from ..embed import embed_slides
         from ..encoder import load_encoder
+        from ..reading import default_count
 
         prepare(threads)
         loaded = load_encoder(encoder)
@@ -48,14 +61,16 @@ def embed(
         with Shown(quiet) as progress:
             reports = embed_slides(
                 slides, out, encoder=loaded, assume_mpp=assume_mpp, force_mpp=force_mpp, overwrite=overwrite,
-                outlines=tissue, progress=lambda path, done, total: progress(path.name, done, total),
+                outlines=tissue, strict=strict,
+                workers=default_count(gpu=loaded.device.type == "cuda") if workers is None else workers,
+                progress=lambda path, done, total: progress(path.name, done, total),
             )  # fmt: skip
         if json_:
             typer.echo(json.dumps([asdict(report) for report in reports], indent=1, default=str))
         elif not quiet:
             print_table(reports)
         failed = [report for report in reports if report.exit_code]
-        for report in failed:
+        for report in [one for one in reports if one.exit_code or one.bad_tiles]:
             say(report.message)
         if failed:
             raise typer.Exit(failed[0].exit_code if len(reports) == 1 else 3)

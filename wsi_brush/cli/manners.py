@@ -173,10 +173,11 @@ def print_table(reports: list[SlideReport]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("slide", "status", "tiles", "seconds", "µm/px", "from")
+    table = Table("slide", "status", "tiles", "bad tiles", "seconds", "µm/px", "from")
     for one in reports:
         mpp = "" if one.mpp is None else f"{one.mpp:.4g}"
-        table.add_row(escape(one.path.name), one.status, str(one.tiles), f"{one.seconds:.1f}", mpp, one.mpp_source)
+        bad = str(one.bad_tiles) if one.bad_tiles else ""
+        table.add_row(escape(one.path.name), one.status, str(one.tiles), bad, f"{one.seconds:.1f}", mpp, one.mpp_source)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 

@@ -8,6 +8,7 @@ dicom         DICOM: which files are one slide, and the pixels of their levels
 slide         Slide, open_slide
 """
 
+from .readers import Level
 from .slide import Slide, open_slide
 
-__all__ = ["Slide", "open_slide"]
+__all__ = ["Level", "Slide", "open_slide"]
