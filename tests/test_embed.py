@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wsi_brush import commit
+from wsi_brush.cohort import embed_slides
 from wsi_brush.embed import (
     COVER,
     PITCHES,
     embed_region,
     embed_slide,
-    embed_slides,
     find_slides,
     slide_fingerprint,
     slide_name,

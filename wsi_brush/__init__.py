@@ -22,6 +22,7 @@ The modules, in the order of the data; a module imports only what stands above i
     golden        whether a loaded encoder is the one that its name promises
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
     embed         verb: slide -> store
+    cohort        verb: slides -> stores, many of them
     interchange   a store in the files that others read: TRIDENT, STAMP, AnnData, Parquet, GeoJSON
     foreign       embeddings that others made, as maps for a brush
     labels        Labels: a class in place of an embedding, the same everywhere

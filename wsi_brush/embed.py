@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .commit import check_target, fingerprint, read_manifest
-from .errors import MachineError, RefusedError, SlideError, UsageError, WsiBrushError
+from .errors import RefusedError, SlideError, UsageError
 from .grid import Grid
 from .outlines import find_outlines, outlines_digest, read_outlines
 from .slide import Slide, open_slide
@@ -161,54 +161,6 @@ def embed_slide(
     count, seconds = sum(tiles.values()), time.monotonic() - start
     status, message = ("done", "") if count else ("empty", "no tissue found")
     return SlideReport(path, target, status, count, seconds, slide.mpp, slide.mpp_source, message)
-
-
-def embed_slides(
-    paths: Iterable[Path | str],
-    out: Path | str,
-    *,
-    encoder: TileEncoder,
-    assume_mpp: float | None = None,
-    force_mpp: float | None = None,
-    overwrite: bool = False,
-    progress: Callable[[Path, int, int], None] | None = None,
-    outlines: Path | None = None,
-) -> list[SlideReport]:
-    """Embed slides and folders of slides; one that fails costs itself only. `progress` also gets the slide.
-
-    Raises:
-        UsageError: if a folder holds no slides, or there is one file of outlines for several.
-        MachineError: if `out` cannot be written to, or the disk is full.
-    """
-    reports, slides = [], list(named_slides(paths))
-    check_outlines(outlines, len(slides))
-    for path, name in slides:
-        tell = None if progress is None else (lambda done, total, path=path: progress(path, done, total))
-        try:
-            report = embed_slide(
-                path,
-                out,
-                encoder=encoder,
-                assume_mpp=assume_mpp,
-                force_mpp=force_mpp,
-                overwrite=overwrite,
-                progress=tell,
-                name=name,
-                outlines=outlines,
-            )
-        except (UsageError, MachineError):
-            raise  # would cost every slide that follows
-        except WsiBrushError as error:
-            report = SlideReport(
-                path, Path(out) / f"{name}.zarr", "failed", message=str(error), exit_code=error.exit_code
-            )
-        except OSError as error:
-            line = f"{path}: {error.strerror or error}"
-            report = SlideReport(
-                path, Path(out) / f"{name}.zarr", "failed", message=line, exit_code=SlideError.exit_code
-            )
-        reports.append(report)
-    return reports
 
 
 def find_slides(paths: Iterable[Path | str]) -> list[Path]:

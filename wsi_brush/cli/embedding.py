@@ -33,7 +33,7 @@ def embed(
 ) -> None:
     """Slides to embeddings: one store a slide, at 0.5, 2 and 8 µm. Run again: only what is missing is done."""
     with errors(debug):
-        from ..embed import embed_slides
+        from ..cohort import embed_slides
         from ..encoder import load_encoder
 
         prepare(threads)
