@@ -13,6 +13,7 @@ The modules, in the order of the data; a module imports only what stands above i
     scratch       what a painting holds while it is painted, in memory or on disk
     grid          Grid: a rectangle of pixels on the plane, in µm
     slide         Slide, open_slide: a colour at every point
+    probe         what a slide's header says, found out in another process
     tissue        Tissue, find_tissue: where there is something to look at
     outlines      tissue as polygons: the GeoJSON of QuPath, out and in
     zoo           the encoders that are known by name, as data
@@ -22,7 +23,9 @@ The modules, in the order of the data; a module imports only what stands above i
     golden        whether a loaded encoder is the one that its name promises
     store         EmbeddingMap, EmbeddingStore: an embedding at every point, at several pitches
     embed         verb: slide -> store
+    ledger        what is known of a cohort, on disk: claims, rows, the table, the log
     cohort        verb: slides -> stores, many of them
+    fleet         a cohort by several devices, or by the workers of a Dask cluster
     interchange   a store in the files that others read: TRIDENT, STAMP, AnnData, Parquet, GeoJSON
     foreign       embeddings that others made, as maps for a brush
     labels        Labels: a class in place of an embedding, the same everywhere
