@@ -117,9 +117,11 @@ class _Child:
     def _line(self, seconds: float) -> bytes:
         """The next line of the child; less than a line if it died or took longer."""
         assert self._process.stdout is not None
+        self._late = False
         found, file = b"", self._process.stdout.fileno()
         while not found.endswith(b"\n"):
             if not select.select([file], [], [], seconds)[0]:
+                self._late = True
                 return b""
             part = os.read(file, 1 << 16)
             if not part:
@@ -129,7 +131,7 @@ class _Child:
 
     def _death(self) -> str:
         code = self._process.returncode
-        if code is None or code in (-signal.SIGALRM, -signal.SIGKILL):
+        if code is None or code == -signal.SIGALRM or self._late:
             return f"not open after {SECONDS:g} seconds"
         how = signal.Signals(-code).name if code < 0 else f"code {code}"
         return f"opening it ended its process ({how}: {self._last_words()})"
@@ -139,6 +141,11 @@ class _Child:
         self._said.seek(max(0, self._said.tell() - 4096))
         lines = [line for line in self._said.read().decode("utf-8", "replace").splitlines() if line.strip()]
         return lines[-1].strip()[:200] if lines else "nothing said"
+
+    def forget(self) -> None:
+        """End it, and what it said is gone."""
+        self.end()
+        self._said.close()
 
     def end(self) -> None:
         """The child is no more; one that hangs in the kernel (a network that is gone) is left there."""
@@ -163,7 +170,7 @@ def _child() -> _Child:
     if _KEPT and _KEPT[0].owner != os.getpid():
         _KEPT.clear()
     if _KEPT and not _KEPT[0].alive:
-        _KEPT.pop().end()
+        _KEPT.pop().forget()
     if not _KEPT:
         _KEPT.append(_Child())
     return _KEPT[0]
@@ -172,7 +179,7 @@ def _child() -> _Child:
 @atexit.register
 def _end() -> None:
     if _KEPT and _KEPT[0].owner == os.getpid():
-        _KEPT.pop().end()
+        _KEPT.pop().forget()
 
 
 def _header(answer: dict[str, Any]) -> Header:
