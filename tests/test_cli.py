@@ -25,7 +25,7 @@ from conftest import TileStatistics, levels_of, make_brush, write_aperio, write_
 from PIL import Image
 from test_dicom import write_dicom
 
-from wsi_brush import __version__, commit
+from wsi_brush import __version__, commit, ledger
 from wsi_brush.scratch import WORK
 from wsi_brush.slide import open_slide
 from wsi_brush.store import EmbeddingStore
@@ -35,6 +35,7 @@ needs_encoder = pytest.mark.skipif(
     not (WEIGHTS / "encoder.safetensors").is_file(), reason="the bundled encoder is not in this checkout"
 )
 pytestmark = needs_encoder
+LEDGER = (ledger.FOLDER, ledger.TABLE, ledger.MANIFEST, ledger.LOG)
 
 SERVER = """
 import json, os, sys, traceback
@@ -178,6 +179,11 @@ def paint(slide: Path, target: Path, brush: Path | str, **options: object) -> li
 
 def hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): commit.sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def stores(folder: Path) -> dict[str, str]:
+    """The files of a cohort's stores; its table, manifest and log say when they were written."""
+    return {name: value for name, value in hashes(folder).items() if ".zarr/" in name}
 
 
 def from_nothing(*arguments: object, module: bool = True) -> subprocess.CompletedProcess[str]:
@@ -522,9 +528,9 @@ class TestOutputs:
             ["embed", tissue_slide, "-o", disk, "--quiet"],
         ):
             assert "the disk is full; free some space" in words(*arguments).one_line(2)
-            assert words.seen(disk) == []
+            assert [name for name in words.seen(disk) if name.endswith(".zarr") or name.startswith(commit.STAGE)] == []
         assert words(*paint(tissue_slide, disk / "new.ome.zarr", brush, size=64, quiet=True)).code == 0
-        assert words.seen(disk) == ["new.ome.zarr"]
+        assert "new.ome.zarr" in words.seen(disk)
 
 
 class TestInterrupted:
@@ -535,7 +541,8 @@ class TestInterrupted:
         assert ran.out == ""
         lines = [line for line in ran.err.splitlines() if not line.endswith(" %")]
         assert lines == ["wsi-brush: interrupted; run the same command again, it goes on from what is done"]
-        assert {name: value for name, value in hashes(folder).items() if not name.startswith(WORK)} == before
+        kept = {name: value for name, value in hashes(folder).items() if not name.startswith((WORK, *LEDGER))}
+        assert kept == before
         assert not [path for path in folder.iterdir() if path.name.startswith(commit.STAGE)]
 
     def test_while_painting(self, words: Words, brush: Path, tissue_slide: Path, painted: Path, tmp_path: Path) -> None:
@@ -641,17 +648,26 @@ class TestEmbed:
         assert [line for line in ran.err.splitlines() if line.startswith("wsi-brush: ")] == [
             line for line in ran.err.splitlines() if "b.svs" in line
         ]
-        assert "a.tif: 100 %" in ran.err.splitlines()
-        assert sorted(path.name for path in out.iterdir()) == ["a.zarr", "c.zarr"]
+        assert any(line.startswith("3 slides: 100 %, 3 done (1 failed)") for line in ran.err.splitlines())
+        assert sorted(path.name for path in out.glob("[!.]*.zarr")) == ["a.zarr", "c.zarr"]
+        assert [line.split(",")[2] for line in (out / "slides.csv").read_text().splitlines()[1:]] == [
+            *("done", "failed", "done")
+        ]
         store = EmbeddingStore.open(out / "a.zarr")
         assert store.maps[0.5].present.any()
         for row, status in zip(ran.out.splitlines()[3:6], ("done", "failed", "done"), strict=True):
             assert status in row
-        before = hashes(out)
+        before = stores(out)
         again = words("embed", slides, "-o", out, "--json")
         assert again.code == 3
         assert [row["status"] for row in json.loads(again.out)] == ["unchanged", "failed", "unchanged"]
-        assert hashes(out) == before
+        assert stores(out) == before
+        part = words("embed", slides, "-o", out, "--shard", "2/2", "--json")
+        assert [Path(row["path"]).name for row in json.loads(part.out)] == ["b.svs"]
+        assert "shard 2/2: 1 of the slides" in part.err
+        plan = words("embed", slides, "-o", out, "--shard", "1/2", "--dry-run", "--json")
+        assert [Path(path).name for path in json.loads(plan.out)["slides"]] == ["a.tif", "c.tif"]
+        assert "--shard 3/2: expected I/N" in words("embed", slides, "-o", out, "--shard", "3/2").one_line(1)
 
     def test_one_bad_slide_is_one_line(self, words: Words, tmp_path: Path) -> None:
         assert "absent.svs: no such file" in words(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from test_embed import ColourEncoder
 
-from wsi_brush.embed import embed_slides
+from wsi_brush.cohort import embed_slides
 from wsi_brush.errors import SlideError
 from wsi_brush.grid import Grid
 from wsi_brush.slide import open_slide

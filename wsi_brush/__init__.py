@@ -13,6 +13,7 @@ The modules, in the order of the data; a module imports only what stands above i
     scratch       what a painting holds while it is painted, in memory or on disk
     grid          Grid: a rectangle of pixels on the plane, in µm
     slide         Slide, open_slide: a colour at every point
+    probe         what a slide's header says, found out in another process
     tiles         the tiles of a lattice, read in windows and handed out in batches
     reading       Readers: processes that read tiles ahead, so that damage costs a tile
     tissue        Tissue, find_tissue: where there is something to look at
@@ -27,6 +28,9 @@ The modules, in the order of the data; a module imports only what stands above i
     blocks        what is done of a long slide, for a run that is killed
     regions       tiles through an encoder, onto lattices; what cannot be read is named
     embed         verb: slide -> store
+    ledger        what is known of a cohort, on disk: claims, rows, the table, the log
+    cohort        verb: slides -> stores, many of them
+    fleet         a cohort by several devices, or by the workers of a Dask cluster
     interchange   a store in the files that others read: TRIDENT, STAMP, AnnData, Parquet, GeoJSON
     foreign       embeddings that others made, as maps for a brush
     labels        Labels: a class in place of an embedding, the same everywhere

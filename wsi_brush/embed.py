@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 from . import __version__
 from .blocks import Blocks
 from .commit import check_target, fingerprint, read_manifest
-from .errors import MachineError, RefusedError, SlideError, UsageError, WsiBrushError
+from .errors import RefusedError, SlideError, UsageError
 from .grid import Grid
-from .inputs import find_inputs, slide_name
+from .inputs import slide_name
 from .outlines import find_outlines, outlines_digest, read_outlines
 from .reading import Readers
 from .regions import COVER as COVER
@@ -141,60 +141,6 @@ def embed_slide(
 
 def _bad_tiles(count: int) -> str:
     return "1 tile could not be read" if count == 1 else f"{count} tiles could not be read"
-
-
-def embed_slides(
-    paths: Iterable[Path | str],
-    out: Path | str,
-    *,
-    encoder: TileEncoder,
-    assume_mpp: float | None = None,
-    force_mpp: float | None = None,
-    overwrite: bool = False,
-    progress: Callable[[Path, int, int], None] | None = None,
-    outlines: Path | None = None,
-    workers: int = 0,
-    strict: bool = False,
-) -> list[SlideReport]:
-    """Embed what `inputs.find_inputs` finds; one that fails costs itself only. `progress` also gets the slide; the
-    rest is as in `embed_slide`.
-
-    Raises:
-        UsageError: if the words mean no slides, or there is one file of outlines for several.
-        MachineError: if `out` cannot be written to, or the disk is full.
-    """
-    reports, slides = [], find_inputs(paths)
-    check_outlines(outlines, len(slides))
-    for one in slides:
-        path, name = one.path, one.name
-        tell = None if progress is None else (lambda done, total, path=path: progress(path, done, total))
-        try:
-            report = embed_slide(
-                path,
-                out,
-                encoder=encoder,
-                assume_mpp=one.mpp or assume_mpp,
-                force_mpp=force_mpp,
-                overwrite=overwrite,
-                progress=tell,
-                name=name,
-                outlines=outlines,
-                workers=workers,
-                strict=strict,
-            )
-        except (UsageError, MachineError):
-            raise  # would cost every slide that follows
-        except WsiBrushError as error:
-            report = SlideReport(
-                path, Path(out) / f"{name}.zarr", "failed", message=str(error), exit_code=error.exit_code
-            )
-        except OSError as error:
-            line = f"{path}: {error.strerror or error}"
-            report = SlideReport(
-                path, Path(out) / f"{name}.zarr", "failed", message=line, exit_code=SlideError.exit_code
-            )
-        reports.append(report)
-    return reports
 
 
 def check_outlines(place: Path | None, slides: int) -> None:

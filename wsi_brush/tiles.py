@@ -38,7 +38,7 @@ class Window:
     @property
     def cells(self) -> NDArray[np.intp]:
         """Rows and columns of the tiles in the lattice: (n, 2)."""
-        return self.places + np.array(self.corner)
+        return self.places + np.array(self.corner, np.intp)
 
     def at(self, number: int) -> Window:
         """One of its tiles alone."""

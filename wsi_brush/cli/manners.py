@@ -18,6 +18,7 @@ from ..errors import MachineError, WsiBrushError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from ..cohort import Standing
     from ..embed import SlideReport
     from ..encoder import Encoder
 
@@ -181,6 +182,23 @@ def print_table(reports: list[SlideReport]) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
+def show_standing(shown: Shown, standing: Standing) -> None:
+    """One slide by its tiles; of several how many have ended, tiles a second, and the time that is left."""
+    if standing.slides == 1:
+        shown(standing.slide, *standing.here)
+        return
+    parts = [f"{standing.ended} done" + (f" ({standing.failed} failed)" if standing.failed else "")]
+    parts += [f"{standing.rate:.0f} tiles/s"] if standing.rate else []
+    if standing.left is not None and standing.ended < standing.slides:
+        parts.append(f"{_clock(standing.left)} left")
+    shown(f"{standing.slides} slides", int(1000 * standing.share), 1000, ", ".join(parts))
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
 class Shown:
     """Progress on stderr: a bar on a terminal, elsewhere a plain line at the start, every ten seconds, at the end."""
 
@@ -192,9 +210,10 @@ class Shown:
     def __enter__(self) -> Shown:
         if not self._quiet and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-            columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+            note = TextColumn("{task.fields[note]}", markup=False)
+            columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn(), note)
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
         return self
@@ -203,7 +222,8 @@ class Shown:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """`note`: what else is to be said of it."""
         if self._quiet:
             return
         new, self._what = what != self._what, what
@@ -211,10 +231,10 @@ class Shown:
             if new or self._task is None:
                 from rich.markup import escape
 
-                self._task = self._bar.add_task(escape(what), total=total)
-            self._bar.update(self._task, completed=done)
+                self._task = self._bar.add_task(escape(what), total=total, note="")
+            self._bar.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
         if new or now - self._said > 10 or done >= total:
             self._said = now
-            typer.echo(f"{what}: {100 * done // max(total, 1)} %", err=True)
+            typer.echo(f"{what}: {100 * done // max(total, 1)} %{note and f', {note}'}", err=True)

@@ -19,21 +19,23 @@ if TYPE_CHECKING:
 
 def plan_embedding(
     encoder: Encoder, paths: list[Path], out: Path, assume_mpp: float | None, force_mpp: float | None,
-    outlines: Path | None = None,
+    outlines: Path | None = None, shard: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:  # fmt: skip
     """What would be embedded, and what it would need; slides that cannot be read are named."""
-    from ..embed import COVER, PITCHES, check_outlines
+    from ..cohort import cohort_of
+    from ..embed import COVER, PITCHES
     from ..estimate import encoder_seconds
-    from ..inputs import find_inputs
     from ..outlines import find_outlines, read_outlines
+    from ..probe import probe
     from ..slide import open_slide
     from ..tissue import find_tissue
 
-    slides, failed, tiles = find_inputs(paths), [], 0
-    check_outlines(outlines, len(slides))
+    slides, failed, tiles = cohort_of(paths, outlines, shard), [], 0
     for one in slides:
+        mpp = assume_mpp if one.mpp is None else one.mpp
         try:
-            slide = open_slide(one.path, assume_mpp=one.mpp or assume_mpp, force_mpp=force_mpp)
+            probe(one.path, assume_mpp=mpp, force_mpp=force_mpp)
+            slide = open_slide(one.path, assume_mpp=mpp, force_mpp=force_mpp)
             drawn = None if outlines is None else find_outlines(outlines, one.name)
             tissue = find_tissue(slide) if drawn is None else read_outlines(drawn, slide)
         except SlideError as error:

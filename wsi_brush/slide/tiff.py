@@ -21,12 +21,15 @@ MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 INTEGERS = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
 WIDTHS = {kind: int(code[1]) for kind, code in INTEGERS.items()} | {2: 1, 7: 1, 5: 8, 10: 8, 11: 4, 12: 8}
 PRIVATE = 32768  # from here on, tags belong to companies, and what they point to may be anything
+WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT, PLANAR = 256, 257, 322, 323, 284
 BITS, PHOTOMETRIC, STRIPS, SAMPLES, STRIP_BYTES = 258, 262, 273, 277, 279
 TILES, TILE_BYTES, CHILDREN, EXTRA, FORMAT, HAMAMATSU = 324, 325, 330, 338, 339, 65420
-READ = {BITS, PHOTOMETRIC, STRIPS, SAMPLES, STRIP_BYTES, TILES, TILE_BYTES, CHILDREN, EXTRA, FORMAT, HAMAMATSU}
+READ = {WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT, PLANAR, BITS, PHOTOMETRIC, STRIPS, SAMPLES, STRIP_BYTES}
+READ |= {TILES, TILE_BYTES, CHILDREN, EXTRA, FORMAT, HAMAMATSU}
 COLOURS = {2, 6}  # RGB, YCbCr
 UNSPECIFIED = 0  # of an extra sample: 1 and 2 are alpha
-PAGES = 10_000  # more directories than any slide has: a chain that bites its tail
+TILE_SIDE, TILE_AREA = 16384, 1 << 26  # pixels; a library makes room for a tile before it sees what is in it
+PAGES = 10_000  # more directories than any slide has
 
 Tags = dict[int, NDArray[np.int64]]
 
@@ -60,6 +63,8 @@ def inspect(path: Path) -> Facts:
             raise SlideError(f"{path}: truncated or damaged TIFF ({error}); copy or download it again") from None
     if not pages or HAMAMATSU in pages[0]:  # NDPI packs 64-bit places into 32-bit tags: left to its reader
         return Facts(colour=True, tiled=True, nested=False, sparse=False, extra=False)
+    for tags in pages:
+        _gate(path, tags)
     end = max(_end(tags) for tags in pages)
     if end > size:
         raise SlideError(f"{path}: truncated, {size} bytes of at least {end}; copy or download it again")
@@ -76,14 +81,23 @@ def _pages(data: mmap.mmap, big: bool) -> Iterator[Tags]:
     """The tags of every directory, those in SubIFDs of a page right after it."""
     order = "<" if data[:2] == b"II" else ">"
     waiting = [struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]]
-    for _ in range(PAGES):
-        tags, following = _directory(data, order, waiting.pop(), big)
+    seen: set[int] = set()
+    inside: set[int] = set()  # those of pages: some writers also chain them, so they are met twice
+    while waiting:
+        place = waiting.pop()
+        if place in seen and place in inside:
+            continue
+        if place in seen:
+            raise ValueError("its directories run in a circle")
+        if len(seen) == PAGES:
+            raise ValueError(f"more than {PAGES} directories")
+        seen.add(place)
+        tags, following = _directory(data, order, place, big)
         yield tags
+        children = [int(place) for place in tags.get(CHILDREN, [])[::-1] if place]
+        inside.update(children)
         waiting += [following] if following else []
-        waiting += [int(place) for place in tags.get(CHILDREN, [])[::-1] if place]
-        if not waiting:
-            return
-    raise ValueError("its directories run in a circle")
+        waiting += children
 
 
 def _directory(data: mmap.mmap, order: str, place: int, big: bool) -> tuple[Tags, int]:
@@ -104,6 +118,30 @@ def _directory(data: mmap.mmap, order: str, place: int, big: bool) -> tuple[Tags
             tags[tag] = np.frombuffer(data[start : start + room], order + INTEGERS[kind], number).astype(np.int64)
     (following,) = struct.unpack_from(order + word, data, place + head + count * entry)
     return tags, following
+
+
+def _gate(path: Path, tags: Tags) -> None:
+    """Whether the sizes of a page are such as tiles have, and fit the number of its tiles.
+
+    Raises:
+        SlideError: if not; libraries would believe them, and ask for as much memory.
+    """
+    if TILES not in tags:
+        return
+    sides = [int(tags[tag][0]) if tag in tags else 0 for tag in (HEIGHT, WIDTH, TILE_HEIGHT, TILE_WIDTH)]
+    height, width, tall, broad = sides
+    if min(sides) < 1 or max(tall, broad) > TILE_SIDE or tall * broad > TILE_AREA:
+        raise SlideError(
+            f"{path}: damaged header, {height} x {width} pixels in tiles of {tall} x {broad}; expected tiles of at "
+            f"most {TILE_SIDE} a side and {TILE_AREA >> 20} megapixels"
+        )
+    planes = int(tags[SAMPLES][0]) if SAMPLES in tags and int(tags.get(PLANAR, np.ones(1))[0]) == 2 else 1
+    needed = -(-height // tall) * -(-width // broad) * planes
+    if needed > len(tags[TILES]):
+        raise SlideError(
+            f"{path}: damaged header, {height} x {width} pixels need {needed} tiles of {tall} x {broad}, it has "
+            f"{len(tags[TILES])}"
+        )
 
 
 def _end(tags: Tags) -> int:
