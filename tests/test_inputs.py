@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from test_dicom import CT, write_dicom
 from test_embed import ColourEncoder, paint
 
-from wsi_brush.embed import embed_slide, embed_slides
+from wsi_brush.cohort import embed_slides
+from wsi_brush.embed import embed_slide
 from wsi_brush.errors import UsageError
 from wsi_brush.inputs import Input, find_inputs, slide_name
 
