@@ -21,7 +21,8 @@ from .stream import CanvasDenoiser, Seen, side_by_side, threads_for, tiles_of
 
 
 def painting_seconds(brush: Brush, canvas: Grid, painting: Painting, *, tell: Tell | None = None) -> float:
-    """Seconds of all moves: one tile a thread is timed, with guidance and without, and the grid level; `tell` may end it.
+    """Seconds of all moves: one tile a thread is timed, with guidance and without, and the grid level. `tell`
+    may end it.
 
     Raises:
         UsageError: if the brush does not paint at that pitch, or the memory is too little.

@@ -10,7 +10,6 @@ import numpy as np
 from magicgui.types import FileDialogMode
 from magicgui.widgets import (
     ComboBox,
-    Container,
     FileEdit,
     FloatSpinBox,
     Label,
@@ -20,7 +19,8 @@ from magicgui.widgets import (
 )
 from napari.layers import Image, Layer, Shapes
 from napari.utils.notifications import show_error
-from qtpy.QtCore import QTimer
+from qtpy.QtCore import Qt, QTimer
+from qtpy.QtWidgets import QFormLayout, QHBoxLayout, QWidget
 
 from wsi_brush.errors import UsageError, WsiBrushError
 
@@ -42,13 +42,14 @@ def slide_of(layer: Layer) -> Path | None:
     return Path(path) if path else None
 
 
-class Choices(Container):  # type: ignore[type-arg]
+class Choices(QWidget):
     """Reference, region, brush and how to paint; a line that says what it takes; Run and Cancel.
 
     Subclasses put controls of their own between, give `begin`, and `target` where they write a file.
     """
 
-    def __init__(self, viewer: napari.viewer.Viewer, own: list[Any], *, size: int) -> None:
+    def __init__(self, viewer: napari.viewer.Viewer, own: list[Any], *, side: int) -> None:
+        super().__init__()
         self.viewer = viewer
         self.job: Job | None = None
         self.origin, self.right = (0.0, 0.0), 0.0  # of the reference of a run: its corner and its right edge, in µm
@@ -64,8 +65,8 @@ class Choices(Container):  # type: ignore[type-arg]
             value=Path("bundled"),
             tooltip="bundled, or the folder of a brush.",
         )
-        self.size = SpinBox(
-            label="size", value=size, min=32, max=_MOST, step=128, tooltip="Pixels of a side, where no region is drawn."
+        self.side = SpinBox(
+            label="size", value=side, min=32, max=_MOST, step=128, tooltip="Pixels of a side, where no region is drawn."
         )
         self.mpp = FloatSpinBox(label="µm per pixel", value=0.5, min=0.01, max=64, step=0.5, tooltip="Of the painting.")
         self.steps = SpinBox(label="steps", value=20, min=5, max=1000, tooltip="More take longer.")
@@ -73,30 +74,46 @@ class Choices(Container):  # type: ignore[type-arg]
             label="guidance", value=2.0, min=0, max=20, step=0.5, tooltip="How strongly the reference is followed."
         )
         self.said = Label(value="")
-        self.bar = ProgressBar(value=0, min=0, max=100, label=" ")
+        self.bar = ProgressBar(value=0, min=0, max=100)
         self.run = PushButton(text="Run")
         self.cancel = PushButton(text="Cancel", enabled=False)
-        buttons = Container(widgets=[self.run, self.cancel], layout="horizontal", labels=False)
-        buttons.margins = (0, 0, 0, 0)
-        where = [self.reference, self.region, self.draw, self.size, self.mpp]
-        how: list[Any] = [self.brush, self.steps, self.guidance]
-        super().__init__(widgets=[*where, *how, *own, self.said, self.bar, buttons])
-        self.said.native.setWordWrap(True)
-        self.said.native.setMinimumHeight(4 * self.said.native.fontMetrics().height())
-        self._timer = QTimer(self.native)
+        controls = [
+            self.reference, self.region, self.side, self.mpp, self.brush, self.steps, self.guidance, *own,
+        ]  # fmt: skip
+        self._lay_out(controls)
+        self._timer = QTimer(self)
         self._timer.setSingleShot(True)
         self._timer.setInterval(_PAUSE)
         self._timer.timeout.connect(self._plan)
         self._planning: Job | None = None
-        self.native.destroyed.connect(self._leave)
+        self.destroyed.connect(lambda: self._leave())  # a method of what is gone would not be called
         self.draw.changed.connect(self._draw)
         self.run.changed.connect(lambda: self.begin())
         self.cancel.changed.connect(self.stop)
-        for control in (self.reference, self.region, self.size, self.mpp, *how, *own):
+        for control in controls:
             control.changed.connect(self._changed)
         for event in (viewer.layers.events.inserted, viewer.layers.events.removed):
             event.connect(self._layers_changed)
         self._layers_changed()
+
+    def _lay_out(self, controls: list[Any]) -> None:
+        """The controls below one another, then the line, the bar and the buttons."""
+        form = QFormLayout(self)
+        form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
+        for control in controls:
+            form.addRow(control.label, control.native)
+            if control is self.region:
+                form.addRow("", self.draw.native)
+        line = self.said.native
+        line.setWordWrap(True)
+        line.setAlignment(Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignTop)
+        line.setMinimumHeight(4 * line.fontMetrics().lineSpacing())
+        form.addRow(line)
+        form.addRow(self.bar.native)
+        buttons = QHBoxLayout()
+        buttons.addWidget(self.run.native)
+        buttons.addWidget(self.cancel.native)
+        form.addRow(buttons)
 
     # -- what is chosen ------------------------------------------------------------------------------------
 
@@ -146,7 +163,7 @@ class Choices(Container):  # type: ignore[type-arg]
         if path is None:
             raise UsageError("there is no reference; open a slide first")
         return Wish(
-            path, str(self.brush.value), self._drawn(layer), self.size.value, self.mpp.value, seed, self.steps.value,
+            path, str(self.brush.value), self._drawn(layer), self.side.value, self.mpp.value, seed, self.steps.value,
             self.guidance.value,
         )  # fmt: skip
 
@@ -186,7 +203,8 @@ class Choices(Container):  # type: ignore[type-arg]
             self.say(str(error))
             return
         self._planning = start(
-            "wsi-brush: how long would it take", lambda job: plan(wish, target, seeds=times, tell=job.tell, look=job.show),
+            "wsi-brush works out how long it takes",
+            lambda job: plan(wish, target, seeds=times, tell=job.tell, look=job.show),
             shown=self._planned, returned=self._planned, refused=self._planned, finished=self._plan_done,
         )  # fmt: skip
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 def load_torch() -> None:
     """Load torch so that it lives beside the graphics; call it before anything that imports torch.
 
-    Mesa's drivers and torch's Triton each bring an LLVM of their own. The one that is loaded second calls into the first
-    and crashes, where it is not bound to itself (seen with Mesa's software renderer, Triton 3.8).
+    Mesa's drivers and torch's Triton each bring an LLVM of their own. The second one that is loaded calls into the
+    first and crashes, where it is not bound to itself (seen with Mesa's software renderer, Triton 3.8).
     """
     if "torch" in sys.modules or not hasattr(os, "RTLD_DEEPBIND"):
         return

@@ -27,7 +27,7 @@ class Seeds(Choices):
     def __init__(self, viewer: napari.viewer.Viewer) -> None:
         self.first = SpinBox(label="first seed", value=0, min=0, max=2**31 - 100, tooltip="And those that follow it.")
         self.many = SpinBox(label="seeds", value=4, min=1, max=64, tooltip="How many paintings.")
-        super().__init__(viewer, [self.first, self.many], size=512)
+        super().__init__(viewer, [self.first, self.many], side=512)
         self._start = self._step = 0.0  # of the strip, µm to the right of the place itself
         viewer.mouse_drag_callbacks.append(self._click)
 
@@ -117,7 +117,7 @@ class Seeds(Choices):
     def take(self, seed: int) -> None:
         """The widget that paints a file, with this seed and all else as it is here."""
         _, other = self.viewer.window.add_plugin_dock_widget("wsi-brush", "Synthesize", tabify=True)
-        for name in ("reference", "region", "brush", "size", "mpp", "steps", "guidance"):
+        for name in ("reference", "region", "brush", "side", "mpp", "steps", "guidance"):
             getattr(other, name).value = getattr(self, name).value
         other.seed.value = seed
         self.say(f"seed {seed} is taken over into Synthesize")
