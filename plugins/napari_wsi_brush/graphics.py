@@ -1,4 +1,4 @@
-"""torch in a process that already draws."""
+"""torch in a process that draws."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import suppress
 
 
 def load_torch() -> None:
-    """Load torch so that it lives beside the graphics; call it before anything that imports torch.
+    """Load Triton so that it lives beside the graphics; call it before anything that imports torchvision.
 
     Mesa's drivers and torch's Triton each bring an LLVM of their own. The second one that is loaded calls into the
     first and crashes, where it is not bound to itself (seen with Mesa's software renderer, Triton 3.8).
     """
-    if "torch" in sys.modules or not hasattr(os, "RTLD_DEEPBIND"):
+    if "triton" in sys.modules or not hasattr(os, "RTLD_DEEPBIND"):
         return
     before = sys.getdlopenflags()
     sys.setdlopenflags(before | os.RTLD_DEEPBIND)
@@ -23,4 +23,3 @@ def load_torch() -> None:
             importlib.import_module("triton")
     finally:
         sys.setdlopenflags(before)
-    importlib.import_module("torch")
