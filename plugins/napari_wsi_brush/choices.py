@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from magicgui.types import FileDialogMode
 from magicgui.widgets import (
+    CheckBox,
     ComboBox,
     FileEdit,
     FloatSpinBox,
@@ -101,7 +102,7 @@ class Choices(QWidget):
         form = QFormLayout(self)
         form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
         for control in controls:
-            form.addRow(control.label, control.native)
+            form.addRow("" if isinstance(control, CheckBox) else control.label, control.native)
             if control is self.region:
                 form.addRow("", self.draw.native)
         line = self.said.native

@@ -31,7 +31,7 @@ class Synthesize(Choices):
             filter="*.zarr",
             tooltip="An OME-Zarr folder.",
         )
-        self.overwrite = CheckBox(label=" ", text="overwrite", value=False, tooltip="Replace a painting that is there.")
+        self.overwrite = CheckBox(text="overwrite", value=False, tooltip="Replace a painting that is there.")
         super().__init__(viewer, [self.seed, self.file, self.overwrite], side=1024)
 
     def target(self) -> Path:
