@@ -181,7 +181,7 @@ def test_samples_are_small_and_say_what_they_are() -> None:
 # -- windows, each in an interpreter of its own --------------------------------------------------------
 
 
-def until(what: Callable[[], object], seconds: float = 100) -> None:
+def until(what: Callable[[], object], seconds: float = 250) -> None:
     """Windows go on until something is so."""
     from qtpy.QtWidgets import QApplication
 
@@ -347,7 +347,7 @@ def ran(what: Callable[..., None], *arguments: Path) -> None:
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-X", "faulthandler", "-c", code, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert done.stdout.endswith("done\n")
     assert "Traceback" not in done.stderr, done.stderr
