@@ -1,6 +1,6 @@
 """The pictures of the plugin: a real window, driven by its own controls. Needs a display (xvfb-run), and some minutes.
 
-python examples/4_napari.py examples
+python examples/4_napari.py FOLDER
 """
 
 from __future__ import annotations
