@@ -22,6 +22,7 @@ from wsi_brush.brush import save_brush
 from wsi_brush.commit import sha256_of, verify
 from wsi_brush.errors import MachineError, UsageError
 from wsi_brush.grid import Grid
+from wsi_brush.progress import StoppedError
 from wsi_brush.scratch import WORK
 from wsi_brush.slide import open_slide
 from wsi_brush.synthesize import as_pixels
@@ -152,6 +153,24 @@ class TestJobs:
         jobs.paint_seeds(wish, range(3, 4), look=seen.append)
         painted = open_slide(uninterrupted)
         np.testing.assert_array_equal(seen[-1].picture.pixels, painted.read(painted.grid))
+
+    def test_stopped_it_goes_on_to_the_same_bytes(self, wish: Any, uninterrupted: Path, tmp_path: Path) -> None:
+        target = tmp_path / "new.ome.zarr"
+
+        def stop(what: str, done: int, total: int) -> None:
+            if what == "painting" and done > total / 3:
+                raise StoppedError
+
+        with pytest.raises(StoppedError):
+            jobs.paint(wish, target, tell=stop)
+        assert [path.name for path in tmp_path.iterdir()] == [f"{WORK}{target.name}"]
+        assert jobs.plan(wish, target).endswith("; begun already, goes on from there")
+        told: list[float] = []
+        jobs.paint(
+            wish, target, tell=lambda what, done, total: told.append(done / total) if what == "painting" else None
+        )
+        assert min(told) > 0.3
+        assert hashes(target) == hashes(uninterrupted)
 
     def test_names_and_errors(self, tmp_path: Path) -> None:
         assert jobs.free_name(tmp_path).name == "synthetic.ome.zarr"
