@@ -14,13 +14,15 @@ from .embed import TileEncoder
 from .encoder import Encoder
 from .grid import Grid
 from .machine import check_precision, find_device, wait_for
+from .progress import Tell
 from .stages import Painting, budget, guidance_at, stages, whole
 from .store import EmbeddingMap
 from .stream import CanvasDenoiser, Seen, side_by_side, threads_for, tiles_of
 
 
-def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
-    """Seconds of all moves: one tile a thread is timed, with guidance and without, and the grid level.
+def painting_seconds(brush: Brush, canvas: Grid, painting: Painting, *, tell: Tell | None = None) -> float:
+    """Seconds of all moves: one tile a thread is timed, with guidance and without, and the grid level. `tell`
+    may end it.
 
     Raises:
         UsageError: if the brush does not paint at that pitch, or the memory is too little.
@@ -50,6 +52,8 @@ def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
         )  # fmt: skip
 
         def sweeps(tile: Grid) -> None:
+            if tell is not None:
+                tell("timing a few tiles", 0, 0)
             denoise.sketch(state, tile)
             seen[tile] = denoise.image(state, tile, keep=guidance == 1)
             seen[tile].image.cpu()  # as it comes back
@@ -58,6 +62,8 @@ def painting_seconds(brush: Brush, canvas: Grid, painting: Painting) -> float:
             denoise.retouch(seen[tile].state, tile, seen[tile], tile, tile, 1.0)
             wait_for(device)
 
+        if tell is not None:
+            tell("timing a few tiles", 0, 0)
         denoise.at(1.0)
         nodes = [(tile, denoise.sketch(state, tile)) for tile in denoise.tiles(state)]
         denoise.prepare(state, 1.0, lambda _: nodes)

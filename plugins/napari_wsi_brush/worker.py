@@ -1,0 +1,94 @@
+"""A job in a thread of its own: it tells, shows, can be stopped, and answers with one line where a user is wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from napari.qt.threading import create_worker
+from qtpy.QtCore import Signal  # type: ignore[attr-defined]
+from superqt.utils import WorkerBase
+from superqt.utils._qthreading import WorkerBaseSignals
+
+from wsi_brush.progress import StoppedError
+
+from .graphics import load_torch
+from .jobs import one_line
+
+_ONE_AT_A_TIME = threading.Lock()  # a painting takes every core, and torch's number of threads is the process's
+
+
+class Signals(WorkerBaseSignals):
+    """What a job says; Qt brings it to the thread of the windows."""
+
+    told = Signal(str, int, int)
+    shown = Signal(object)
+    stopped = Signal()
+    refused = Signal(str)
+
+
+class Job(WorkerBase[Any]):
+    """`work(job)` in another thread; it calls `job.tell` and `job.show`. See `start`."""
+
+    def __init__(self, work: Callable[[Job], Any]) -> None:
+        super().__init__(SignalsClass=Signals)
+        self._work = work
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """A `progress.Tell`.
+
+        Raises:
+            StoppedError: once the job is to end.
+        """
+        if self.abort_requested:
+            raise StoppedError
+        self.told.emit(what, done, total)
+
+    def show(self, thing: object) -> None:
+        """Something to look at."""
+        if not self.abort_requested:
+            self.shown.emit(thing)
+
+    def work(self) -> Any:
+        """What Qt calls."""
+        try:
+            while not _ONE_AT_A_TIME.acquire(timeout=0.1):
+                self.tell("waiting for another painting", 0, 0)
+            try:
+                self.tell("beginning", 0, 0)
+                load_torch()
+                return self._work(self)
+            finally:
+                _ONE_AT_A_TIME.release()
+        except StoppedError:
+            self.stopped.emit()
+        except Exception as error:
+            line = one_line(error)
+            if line is None:
+                raise
+            self.refused.emit(line)
+        self.quit()  # so that nothing counts as returned
+        return None
+
+
+class _Named:
+    """A function that says what it does, in napari's list of what is running."""
+
+    def __init__(self, what: str, work: Callable[[Job], Any]) -> None:
+        self._what, self._work = what, work
+
+    def __call__(self, job: Job) -> Any:
+        return self._work(job)
+
+    def __str__(self) -> str:
+        return self._what
+
+
+def start(what: str, work: Callable[[Job], Any], **slots: Callable[..., None]) -> Job:
+    """Begin a job; `slots` are called in the thread of the windows: told, shown, then returned, stopped, refused.
+
+    Closing napari's window stops it.
+    """
+    job: Job = create_worker(_Named(what, work), _worker_class=Job, _connect=slots, _start_thread=True)
+    return job
