@@ -180,7 +180,7 @@ class Canvas:
     def maps(self) -> dict[float, EmbeddingMap]:
         """The maps with all strokes, by pitch; not to be changed."""
         if self._maps is None:
-            values = {mpp: one.values.copy() for mpp, one in self._base.items()}
+            values = _copied(self._base)
             for touch in self._done:
                 self._apply(touch, values)
             self._maps = {mpp: replace(one, values=values[mpp]) for mpp, one in self._base.items()}
@@ -194,7 +194,7 @@ class Canvas:
         """
         touch = self._touch(stroke)
         if self._maps is not None:
-            values = {mpp: one.values.copy() for mpp, one in self._maps.items()}
+            values = _copied(self._maps)
             self._apply(touch, values)
             self._maps = {mpp: replace(one, values=values[mpp]) for mpp, one in self._base.items()}
         self._done.append(touch)
@@ -353,12 +353,16 @@ def _whole(grid: Grid) -> Grid:
     return grid.rounded(_BLOCK)
 
 
+def _copied(maps: Mapping[float, EmbeddingMap]) -> dict[float, NDArray[np.float32]]:
+    return {mpp: one.values.astype(np.float32) for mpp, one in maps.items()}
+
+
 def _distance(
     rows: NDArray[np.float64], columns: NDArray[np.float64], path: Sequence[tuple[float, float]]
 ) -> NDArray[np.float64]:
     """How far points are from a path, µm."""
     ends = np.asarray(path, np.float64)
-    found = np.hypot(rows - ends[0, 0], columns - ends[0, 1])
+    found: NDArray[np.float64] = np.hypot(rows - ends[0, 0], columns - ends[0, 1])
     for start, end in pairwise(ends):
         way = end - start
         length = float(way @ way)

@@ -1,7 +1,7 @@
 """Verb: brush + reference -> pyramid: a new slide that follows a reference's embeddings and copies none of its pixels.
 
 The canvas is a place on the reference's own plane, so the painting lies where its reference lies. A brush that was
-trained on classes has no reference: it is asked for a label.
+trained on classes has no reference: it is asked for a label. What is painted on a `Canvas` by hand has none either.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import __version__
 from .brush import Brush
+from .canvas import Canvas
 from .cluster import Cluster
 from .commit import check_target, staged
 from .embed import embed_region, slide_fingerprint
@@ -49,7 +50,7 @@ class Painted:
     """What came of it: where the slide is, its region (level-0 pixels of the reference), what it took.
 
     cosine: how close it is, the mean cosine between the standardised embeddings of the painting and of its reference,
-    by pitch in µm; NaN where no whole tile holds tissue. Of a label there is no reference: no region, no cosine.
+    by pitch in µm; NaN where no whole tile holds tissue. A label and a canvas have no reference: no region, no cosine.
     """
 
     path: Path
@@ -235,6 +236,39 @@ def synthesize_label(
         show=show,
     )  # fmt: skip
     return Painted(target, None, canvas.shape, time.monotonic() - start, {})
+
+
+def synthesize_canvas(
+    canvas: Canvas | Path | str, target: Path | str, painting: Painting, *, brush: Brush, overwrite: bool = False,
+    client: Client | None = None, tell: Tell | None = None, show: Show | None = None,
+) -> Painted:  # fmt: skip
+    """Paint a canvas, or the one that is saved there, at its own place and pitch; otherwise as `synthesize_slide`.
+
+    Size, region and pitch of `painting` are not read.
+
+    Raises:
+        UsageError, RefusedError, MachineError: one line each, before the hours of work where possible.
+    """
+    start = time.monotonic()
+    target = Path(target)
+    check_precision(painting.precision, find_device(painting.device))
+    check_asked(brush, None, client)
+    drawn = canvas if isinstance(canvas, Canvas) else Canvas.load(canvas)
+    drawn.check_brush(brush.about["encoder"], brush.about["fingerprint"], brush.pitches)
+    painting, digest = replace(painting, mpp=drawn.grid.mpp), drawn.fingerprint
+    brush.ladder.starting_at(painting.mpp)
+    check_target(target, kind=KIND, overwrite=overwrite)
+    about = _provenance(drawn.grid, painting, brush) | {
+        "encoder": drawn.encoder,
+        "encoder_fingerprint": drawn.encoder_fingerprint,
+        "canvas": {"fingerprint": digest, "strokes": len(drawn.strokes)},
+    }
+    _paint(
+        target, drawn.grid, drawn.maps, painting, brush=brush,
+        parameters={"canvas maps": digest, **_parameters(drawn.grid, painting, brush)}, about=about,
+        overwrite=overwrite, client=client, tell=tell, show=show,
+    )  # fmt: skip
+    return Painted(target, None, drawn.grid.shape, time.monotonic() - start, {})
 
 
 def _paint(
