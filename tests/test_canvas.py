@@ -263,6 +263,17 @@ def test_on_disk_it_is_what_it_was(tmp_path_factory: pytest.TempPathFactory, str
     assert same(found, painted)
 
 
+def test_a_copy_is_apart() -> None:
+    one = canvas()
+    one.add(Stroke(ink(), ((300, 300),), 100))
+    other = one.copy()
+    assert same(one, other)
+    one.add(Stroke(ink(1), ((300, 300),), 100))
+    assert (len(other.strokes), same(one, other)) == (1, False)
+    one.undo()
+    assert same(one, other)
+
+
 def test_another_painting_another_fingerprint() -> None:
     one, other = canvas(), canvas()
     assert one.fingerprint == other.fingerprint
@@ -330,4 +341,5 @@ def test_a_canvas_of_a_region_has_its_embeddings(tissue_slide: Path) -> None:
     assert painted.maps()[0.5].lattice == empty.maps()[0.5].lattice == Grid(64, 2, 2, 4, 4)  # whole blocks of 512
     assert painted.maps()[0.5].present.all()
     assert not empty.maps()[0.5].present.any()
+    assert (painted.blank, empty.blank) == (False, True)
     assert painted.maps()[0.5].dim == empty.maps()[0.5].dim == 24

@@ -26,7 +26,7 @@ from wsi_brush.progress import StoppedError
 from wsi_brush.slide import open_slide
 from wsi_brush.stages import Painting
 from wsi_brush.stream import read_plane
-from wsi_brush.synthesize import as_pixels, synthesize_canvas
+from wsi_brush.synthesize import as_pixels, save_painted, synthesize_canvas
 
 GRID, ENCODER = Grid(0.5, 48, 32, 160, 200), TileStatistics()
 PAINTING = Painting(seed=2, steps=5, guidance=1.0, mpp=4.0)  # the pitch is the canvas's
@@ -123,6 +123,17 @@ def test_stopped_it_goes_on_with_the_same_bytes(canvas: Path, brush: Brush, tmp_
     assert (done.region, done.shape, done.cosine) == (None, GRID.shape, {})
     synthesize_canvas(canvas, other, PAINTING, brush=brush)
     np.testing.assert_array_equal(pixels_of(one), pixels_of(other))
+
+
+def test_what_was_painted_part_by_part_says_so(canvas: Path, brush: Brush, tmp_path: Path) -> None:
+    drawn, target = Canvas.load(canvas), tmp_path / "new.ome.zarr"
+    pixels = np.random.default_rng(0).integers(0, 256, (*GRID.shape, 3), np.uint8)
+    save_painted(drawn, pixels, target, PAINTING, brush=brush)
+    np.testing.assert_array_equal(pixels_of(target), pixels)
+    about: Any = zarr.open_group(target, mode="r").attrs.asdict()["wsi_brush"]
+    assert (about["synthetic"], about["repainted"], about["mpp"], about["seed"]) == (True, True, 0.5, 2)
+    with pytest.raises(UsageError, match=r"pixels are uint8 \(9, 200, 3\)"):
+        save_painted(drawn, pixels[:9], tmp_path / "other.ome.zarr", PAINTING, brush=brush)
 
 
 def test_a_brush_for_another_encoder_is_one_line(

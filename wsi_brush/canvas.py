@@ -170,6 +170,11 @@ class Canvas:
         return tuple(self._base)
 
     @property
+    def blank(self) -> bool:
+        """Whether there was no tissue anywhere before the strokes."""
+        return not any(one.present.any() for one in self._base.values())
+
+    @property
     def fingerprint(self) -> str:
         """A short digest of all that decides what is painted: the place, the maps, whose embeddings they are."""
         digest = hashlib.sha256(f"{self.grid} {self.encoder_fingerprint} {self.tile}".encode())
@@ -185,6 +190,13 @@ class Canvas:
                 self._apply(touch, values)
             self._maps = {mpp: replace(one, values=values[mpp]) for mpp, one in self._base.items()}
         return dict(self._maps)
+
+    def copy(self) -> Canvas:
+        """The same canvas apart from this one: what is drawn here afterwards is not drawn there."""
+        names = {"encoder": self.encoder, "fingerprint": self.encoder_fingerprint}
+        other = Canvas(self.grid, self._base, **names, tile=self.tile)
+        other._done, other._undone, other._maps = list(self._done), list(self._undone), self.maps()
+        return other
 
     def add(self, stroke: Stroke) -> None:
         """Draw a stroke; what was undone cannot be brought back after it.
