@@ -1,6 +1,6 @@
 """Pick two inks of a slide, paint a canvas with them, and synthesize it.
 
-python examples/4_paint_with_inks.py examples/reference.tif -o FOLDER [--first 500,400] [--second 1500,1200]
+python examples/5_paint_with_inks.py examples/reference.tif -o FOLDER [--first 500,400] [--second 1500,1200]
 
 The first ink fills 1024 x 1024 pixels, the second is a thick soft curve through them, the eraser takes out a corner.
 Writes the canvas, the new slide, and a picture: the strokes as they were drawn, beside what was painted.
