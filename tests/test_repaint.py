@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_brush, make_maps
 from numpy.typing import NDArray
 
 from wsi_brush.baselines import build
 from wsi_brush.errors import UsageError
 from wsi_brush.grid import Grid
-from wsi_brush.paint import paint_canvas
+from wsi_brush.paint import Run, paint_canvas
 from wsi_brush.progress import StoppedError
 from wsi_brush.repaint import EDGE, cone, repaint
-from wsi_brush.stages import Painting, whole
+from wsi_brush.stages import Painting, stages, whole
 from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import read_plane
 from wsi_brush.synthesize import as_pixels
@@ -118,6 +119,22 @@ def test_windows_lie_within_the_next_and_do_not_grow_with_the_canvas() -> None:
     assert max(sizes[1][4]) <= 64 * 2 + 32 * 3
     with pytest.raises(ValueError, match="a margin of 8"):
         cone(area, core, 5, 8)
+
+
+def test_a_window_knows_where_on_the_canvas_it_lies() -> None:
+    area = whole(CANVAS, brush().ladder)
+    windows = cone(area, CORE, 5, MARGIN)
+    stage = next(one for one in stages(brush().ladder, PAINTING) if one.level == 0 and one.move is not None)
+    here, there = (
+        Run(brush(), maps(), area, PAINTING, None, windows=given).denoiser(stage)._asked[0].setting
+        for given in (windows, None)
+    )
+    top, left = windows[0].top, windows[0].left
+    assert min(top, left) > 0
+    some = torch.tensor([[0.5, 7.5]])
+    torch.testing.assert_close(here.places(some, some), there.places(some + top, some + left))
+    for mine, other in zip(here.maps, there.maps, strict=True):
+        torch.testing.assert_close(mine.corner + torch.tensor([[top, left]]), other.corner)
 
 
 def test_bad_calls() -> None:

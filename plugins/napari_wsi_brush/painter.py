@@ -284,6 +284,8 @@ class Painter(QWidget):
             self._show(part, self.easel.pixels[self.easel.here(part)])
         elif self.form.automatic.isChecked():
             self.paint_changed()
+        if self.easel.wanted() is None:
+            self._hide_waiting()
 
     def _strokes_changed(self) -> None:
         canvas = self.easel.canvas if self.easel is not None else None
