@@ -288,14 +288,14 @@ import os, signal, sys
 sys.path[:0] = sys.argv[3:]
 from test_embed import ColourEncoder
 from wsi_brush import embed, store
-real, count = store._write, 0
+real, count = store.write_array, 0
 def write(*arguments):
     global count
     count += 1
     if count == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     real(*arguments)
-store._write = write
+store.write_array = write
 embed.embed_slide(sys.argv[1], sys.argv[2], encoder=ColourEncoder(), assume_mpp=0.5)
 """
 

@@ -142,6 +142,7 @@ class TestReader:
             reader.read(str(tmp_path / "deep.zarr"))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of napari's own, once it is imported
 def test_the_manifest_is_valid() -> None:
     npe2 = pytest.importorskip("npe2", reason="napari is not installed")
     manifest = npe2.PluginManifest.from_file(Path(reader.__file__).with_name("napari.yaml"))

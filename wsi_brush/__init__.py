@@ -34,6 +34,8 @@ The modules, in the order of the data; a module imports only what stands above i
     interchange   a store in the files that others read: TRIDENT, STAMP, AnnData, Parquet, GeoJSON
     foreign       embeddings that others made, as maps for a brush
     labels        Labels: a class in place of an embedding, the same everywhere
+    ink           Ink, pick_ink: what a tile shows as one embedding at each pitch, and palettes of them
+    canvas        Canvas, Stroke: embedding maps that are painted on, and what there is to be undone
     distances     how unlike two sets of vectors are
     field         NoiseField: noise that is a function, read by address
     scenes        Scenes: what is trained on, functions that are read where they are needed
@@ -52,6 +54,7 @@ The modules, in the order of the data; a module imports only what stands above i
     stream        one denoising step over a canvas of any size, tile by tile
     stages        a painting as a list of stages, and the memory that it takes
     paint         all steps of all pitches: a canvas from noise to image
+    repaint       a part of a painting painted anew, and blended into the old one
     estimate      how long a painting will take here
     cluster       the tiles of a sweep on a Dask cluster
     pyramid       Pyramid: an OME-Zarr slide being written

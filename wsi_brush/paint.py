@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -160,12 +160,14 @@ def paint_canvas(
 class Run:
     """What the stages of one painting share; `area` is the whole canvas, as `whole` gives it.
 
-    `grid_folder`: where the grid level is kept, else in memory; only its `owner` makes it, others read it.
+    `grid_folder`: where the grid level is kept, else in memory; only its `owner` makes it, others read it. `windows`:
+    what is painted of each pitch's canvas, counted from its corner, finest first; by default all of it. Their edges are
+    multiples of NODE, and every one lies inside the next, coarser one.
     """
 
     def __init__(
         self, brush: Brush, maps: Mapping[float, EmbeddingMap], area: Grid, painting: Painting,
-        grid_folder: Path | None, *, owner: bool = True,
+        grid_folder: Path | None, *, owner: bool = True, windows: Sequence[Grid] | None = None,
     ) -> None:  # fmt: skip
         self._device = find_device(painting.device)
         check_precision(painting.precision, self._device)
@@ -173,6 +175,8 @@ class Run:
         ladder = brush.ladder.starting_at(area.mpp)
         self._details, self._top = ladder.details, len(ladder.pitches) - 1 if painting.progressive else 0
         self._grid_folder, self._owner = grid_folder, owner
+        levels = [area.level(level) for level in range(len(ladder.pitches))]
+        self._windows = windows or [Grid(level.mpp, 0, 0, *level.shape) for level in levels]
         self._field = NoiseField(painting.seed)
         self._denoise: tuple[tuple[int, float], CanvasDenoiser] | None = None
         self.count: Callable[[int], None] = lambda pixels: None
@@ -182,7 +186,7 @@ class Run:
         hands: Hands | None = None,
     ) -> dict[str, Plane]:  # fmt: skip
         """The planes after a stage, new ones, in `folder` or in memory: x, and if it is to be kept the evaluation."""
-        shape = self._area.level(stage.level).shape
+        shape = self._windows[stage.level].shape
         names = ("x", "image") if keep else ("x",)
         found = {name: new_plane((3, *shape), folder, name, axes=(1, 2)) for name in names}
         while self._painting.tile % (2 * CHUNK) == 0 and hands is None:
@@ -245,16 +249,19 @@ class Run:
         return self._noise(stage, window, stream=move.stream) if move.fresh else None
 
     def _noise(self, stage: Stage, window: Grid, *, stream: int = 0) -> Tensor:
-        """White noise in a window counted from the canvas's corner."""
-        grid = self._area.level(stage.level)
-        place = Grid(grid.mpp, grid.top + window.top, grid.left + window.left, *window.shape)
+        """White noise in a window counted from the corner of what is painted."""
+        grid, mine = self._area.level(stage.level), self._windows[stage.level]
+        top, left = grid.top + mine.top + window.top, grid.left + mine.left + window.left
+        place = Grid(grid.mpp, top, left, *window.shape)
         return self._field.read(place, stream=stream, device=self._device)
 
     def _entered(self, stage: Stage, planes: Mapping[str, Plane], tile: Grid) -> dict[str, Tensor]:
         """Noise where nothing is yet, else the coarser state and its last evaluation made finer."""
         if stage.level == self._top:
             return {"x": stage.sigma * self._noise(stage, tile)}
-        below = tile.level(1)
+        here, around = self._windows[stage.level : stage.level + 2]
+        below = Grid(tile.mpp, here.top + tile.top, here.left + tile.left, *tile.shape).level(1)
+        below = replace(below, top=below.top - around.top, left=below.left - around.left)
         coarse = read_plane(planes["x"], below, self._device)
         image = ramped(_with_neighbours(planes["image"], below, self._device))
         noise = self._noise(stage, tile, stream=1 + stage.level)
@@ -267,9 +274,12 @@ class Run:
             if self._grid_folder is not None and self._owner:
                 shutil.rmtree(self._grid_folder, ignore_errors=True)
             self._denoise = None  # before another is made: each holds the embeddings of the canvas
+            window = self._windows[stage.level]
+            top, left = window.top << stage.level, window.left << stage.level
+            place = replace(self._area, top=self._area.top + top, left=self._area.left + left)
             made = CanvasDenoiser(
-                self._brush, self._maps, self._area, mpp=stage.mpp, guidance=key[1], tile=self._painting.tile,
-                folder=self._grid_folder, precision=self._painting.precision,
+                self._brush, self._maps, place, mpp=stage.mpp, guidance=key[1], tile=self._painting.tile,
+                folder=self._grid_folder, precision=self._painting.precision, origin=window.extent[:2],
             )  # fmt: skip
             self._denoise = key, made
         return self._denoise[1]

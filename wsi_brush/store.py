@@ -209,13 +209,13 @@ def write_store(
     with staged(path, kind=KIND, about=manifest, overwrite=overwrite) as stage, undisturbed():
         group = zarr.create_group(stage, zarr_format=3)
         embeddings = group.create_group("embeddings")
-        _write(group, "tissue", tissue.mask, {"grid": asdict(tissue.grid)})
+        write_array(group, "tissue", tissue.mask, {"grid": asdict(tissue.grid)})
         for mpp, one in maps.items():
-            _write(embeddings, f"{mpp:g}", one.values, {"mpp": mpp, "lattice": asdict(one.lattice)})
+            write_array(embeddings, f"{mpp:g}", one.values, {"mpp": mpp, "lattice": asdict(one.lattice)})
     return EmbeddingStore.open(path)
 
 
-def _write(group: zarr.Group, name: str, values: NDArray[Any], attributes: dict[str, Any]) -> None:
+def write_array(group: zarr.Group, name: str, values: NDArray[Any], attributes: dict[str, Any]) -> None:
     """One array, every chunk of it, with checksums."""
     from zarr.codecs import ZstdCodec
 
@@ -225,7 +225,7 @@ def _write(group: zarr.Group, name: str, values: NDArray[Any], attributes: dict[
         dtype=values.dtype,
         chunks=tuple(max(1, size if axis == 2 else min(size, _CHUNK)) for axis, size in enumerate(values.shape)),
         compressors=ZstdCodec(level=3, checksum=True),
-        fill_value=False if values.dtype == np.bool_ else np.nan,
+        fill_value=np.nan if values.dtype.kind == "f" else values.dtype.type(0),
         attributes=attributes,
         config={"write_empty_chunks": True},
     )

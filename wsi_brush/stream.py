@@ -68,11 +68,14 @@ class CanvasDenoiser:
     With `guidance` g other than 1 the operator is asked with and without the condition, and the difference is
     stretched g times (classifier-free guidance, Ho and Salimans 2022). `folder`: where the grid level is kept, else in
     memory. It computes where the brush is; `precision` is that of the tiles, the grid level's products are float32.
+    `origin`: µm (down, across) that the canvas's corner lies from the one that places are counted from, where it is a
+    window of a larger canvas.
     """
 
     def __init__(
         self, brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, *, mpp: float, guidance: float = 1.5,
         tile: int = TILE, folder: Path | None = None, precision: Precision = "float32",
+        origin: tuple[float, float] = (0.0, 0.0),
     ) -> None:  # fmt: skip
         if tile < NODE or tile % NODE:
             raise ValueError(f"tiles are multiples of {NODE} pixels, not {tile}")
@@ -81,7 +84,9 @@ class CanvasDenoiser:
         self._coefficients = partial(brush.ladder.coefficients, mpp=mpp)
         condition = brush.condition(maps, canvas, mpp)
         known = (True,) if guidance == 1 else (True, False)
-        self._asked = [_Asked(brush, condition, mpp, known=k, folder=folder and folder / f"grid-{k}") for k in known]
+        self._asked = [
+            _Asked(brush, condition, mpp, origin, known=k, folder=folder and folder / f"grid-{k}") for k in known
+        ]
         self._nodes: Plane | None = None
         self._sigma, self._into = math.nan, math.nan
 
@@ -206,12 +211,13 @@ class _Asked:
     """The operator asked with the condition, or without it: its settings, and its grid level at this step."""
 
     def __init__(
-        self, brush: Brush, condition: list[ConditionMap], mpp: float, *, known: bool, folder: Path | None
-    ) -> None:
+        self, brush: Brush, condition: list[ConditionMap], mpp: float, corner: tuple[float, float], *, known: bool,
+        folder: Path | None,
+    ) -> None:  # fmt: skip
         self._net, self._folder, self._device = brush.denoiser, folder, brush.device
         self._grid: Plane | None = None
         with torch.inference_mode(), _alone():
-            origin = torch.zeros(1, 2, dtype=torch.float64, device=self._device)
+            origin = torch.tensor([corner], dtype=torch.float64, device=self._device)
             one = torch.ones(1, device=self._device)
             setting = self._net.setting(one, mpp, condition, origin=origin, known=one * known)
             self._layout_memory = self._net.layout_cross.remember(setting.memory)

@@ -1,7 +1,7 @@
 """Verb: brush + reference -> pyramid: a new slide that follows a reference's embeddings and copies none of its pixels.
 
 The canvas is a place on the reference's own plane, so the painting lies where its reference lies. A brush that was
-trained on classes has no reference: it is asked for a label.
+trained on classes has no reference: it is asked for a label. What is painted on a `Canvas` by hand has none either.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from . import __version__
 from .brush import Brush
+from .canvas import Canvas
 from .cluster import Cluster
 from .commit import check_target, staged
 from .embed import embed_region, slide_fingerprint
@@ -31,7 +33,7 @@ from .paint import Show, check_rival, paint_canvas
 from .pair import check_picture, compare, write_pair
 from .progress import Tell
 from .pyramid import SHARD, Pyramid
-from .scratch import working
+from .scratch import Plane, working
 from .slide import Slide, open_slide
 from .stages import Painting, budget, whole
 from .store import EmbeddingMap
@@ -49,7 +51,7 @@ class Painted:
     """What came of it: where the slide is, its region (level-0 pixels of the reference), what it took.
 
     cosine: how close it is, the mean cosine between the standardised embeddings of the painting and of its reference,
-    by pitch in µm; NaN where no whole tile holds tissue. Of a label there is no reference: no region, no cosine.
+    by pitch in µm; NaN where no whole tile holds tissue. A label and a canvas have no reference: no region, no cosine.
     """
 
     path: Path
@@ -240,6 +242,61 @@ def synthesize_label(
     return Painted(target, None, canvas.shape, time.monotonic() - start, {})
 
 
+def synthesize_canvas(
+    canvas: Canvas | Path | str, target: Path | str, painting: Painting, *, brush: Brush, overwrite: bool = False,
+    client: Client | None = None, tell: Tell | None = None, show: Show | None = None,
+) -> Painted:  # fmt: skip
+    """Paint a canvas, or the one that is saved there, at its own place and pitch; otherwise as `synthesize_slide`.
+
+    Size, region and pitch of `painting` are not read.
+
+    Raises:
+        UsageError, RefusedError, MachineError: one line each, before the hours of work where possible.
+    """
+    start = time.monotonic()
+    target = Path(target)
+    check_precision(painting.precision, find_device(painting.device))
+    check_asked(brush, None, client)
+    drawn = canvas if isinstance(canvas, Canvas) else Canvas.load(canvas)
+    drawn.check_brush(brush.about["encoder"], brush.about["fingerprint"], brush.pitches)
+    painting, digest = replace(painting, mpp=drawn.grid.mpp), drawn.fingerprint
+    brush.ladder.starting_at(painting.mpp)
+    check_target(target, kind=KIND, overwrite=overwrite)
+    _paint(
+        target, drawn.grid, drawn.maps, painting, brush=brush,
+        parameters={"canvas maps": digest, **_parameters(drawn.grid, painting, brush)},
+        about=_drawn(drawn, painting, brush), overwrite=overwrite, client=client, tell=tell, show=show,
+    )  # fmt: skip
+    return Painted(target, None, drawn.grid.shape, time.monotonic() - start, {})
+
+
+def save_painted(
+    canvas: Canvas, pixels: NDArray[np.uint8], target: Path | str, painting: Painting, *, brush: Brush,
+    overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Write what was painted of a canvas part by part (`repaint`), (height, width, 3), as a pyramid at `target`; it
+    says `"repainted": true`, as the same call would not paint these pixels again.
+
+    Raises:
+        UsageError: if the pixels are not those of the canvas.
+        RefusedError, MachineError: as `commit.staged`.
+    """
+    if pixels.shape != (*canvas.grid.shape, 3) or pixels.dtype != np.uint8:
+        raise UsageError(f"pixels are {pixels.dtype} {pixels.shape}, the canvas has {canvas.grid.shape}")
+    about = _drawn(canvas, replace(painting, mpp=canvas.grid.mpp), brush) | {"repainted": True}
+    whole_of = Grid(canvas.grid.mpp, 0, 0, *canvas.grid.shape)
+    _write(Path(target), canvas.grid, lambda window: pixels[window.within(whole_of)], about=about, overwrite=overwrite)
+
+
+def _drawn(canvas: Canvas, painting: Painting, brush: Brush) -> dict[str, Any]:
+    """What a painting says of the canvas that it was made after."""
+    return _provenance(canvas.grid, painting, brush) | {
+        "encoder": canvas.encoder,
+        "encoder_fingerprint": canvas.encoder_fingerprint,
+        "canvas": {"fingerprint": canvas.fingerprint, "strokes": len(canvas.strokes)},
+    }
+
+
 def _paint(
     target: Path, canvas: Grid, find_maps: Callable[[], dict[float, EmbeddingMap]], painting: Painting, *,
     brush: Brush, parameters: dict[str, Any], about: dict[str, Any], overwrite: bool, client: Client | None,
@@ -256,15 +313,26 @@ def _paint(
             area = whole(canvas, ladder)
             hands = Cluster(client, work.folder, brush=brush, maps=maps, area=area, painting=painting)
         state = paint_canvas(brush, maps, canvas, painting, work=work, hands=hands, tell=tell, show=show)
-        with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
-            pyramid = Pyramid(stage, canvas, about=about)
-            for part in canvas.tiles(SHARD):
-                window = Grid(canvas.mpp, part.top - canvas.top, part.left - canvas.left, *part.shape)
-                with undisturbed():
-                    pyramid.write(part, as_pixels(read_plane(state, window)))
-            with undisturbed():
-                pyramid.finish()
+        _write(target, canvas, partial(_pixels_in, state), about=about, overwrite=overwrite)
         del state
+
+
+def _write(
+    target: Path, canvas: Grid, read: Callable[[Grid], NDArray[np.uint8]], *, about: dict[str, Any], overwrite: bool
+) -> None:
+    """The pyramid of a canvas; `read` gives the pixels of windows counted from its corner."""
+    with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
+        pyramid = Pyramid(stage, canvas, about=about)
+        for part in canvas.tiles(SHARD):
+            window = Grid(canvas.mpp, part.top - canvas.top, part.left - canvas.left, *part.shape)
+            with undisturbed():
+                pyramid.write(part, read(window))
+        with undisturbed():
+            pyramid.finish()
+
+
+def _pixels_in(state: Plane, window: Grid) -> NDArray[np.uint8]:
+    return as_pixels(read_plane(state, window))
 
 
 def as_pixels(image: Tensor) -> NDArray[np.uint8]:

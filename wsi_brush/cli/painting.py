@@ -23,6 +23,9 @@ def synthesize(
     label: Annotated[
         str | None, typer.Option(help="Instead of a reference: what to paint, of a brush trained on labels.")
     ] = None,
+    canvas: Annotated[
+        Path | None, typer.Option(help="Instead of a reference: a canvas that was painted on and saved.")
+    ] = None,
     region: Annotated[
         str | None,
         typer.Option(help="Where, in level-0 pixels of the reference, or all.", metavar="TOP,LEFT,HEIGHT,WIDTH"),
@@ -68,12 +71,20 @@ def synthesize(
 ) -> None:
     """A reference to a new slide: an OME-Zarr pyramid that follows its embeddings and copies none of its pixels."""
     with errors(debug):
-        if (ref is None) == (label is None):
-            found = "--ref and --label are missing" if ref is None else "--ref and --label exclude each other"
-            raise UsageError(f"{found}; give --ref SLIDE, or --label NAME with a brush that was trained on labels")
+        asked = [
+            word for word, given in (("--ref", ref), ("--label", label), ("--canvas", canvas)) if given is not None
+        ]
+        if len(asked) != 1:
+            found = f"{' and '.join(asked)} exclude each other" if asked else "--ref, --label and --canvas are missing"
+            raise UsageError(
+                f"{found}; give --ref SLIDE, or --canvas CANVAS.zarr, or --label NAME with a brush that was trained on "
+                "labels"
+            )
         for word, given in (("--region", region), ("--encoder", encoder), ("--png", png)):
-            if label is not None and given is not None:
-                raise UsageError(f"{word}: is for a reference, and a label has none; leave it out")
+            if ref is None and given is not None:
+                raise UsageError(f"{word}: is for a reference, and a {asked[0][2:]} has none; leave it out")
+        if canvas is not None and size is not None:
+            raise UsageError("--size: a canvas has its own; leave it out")
         if region is not None and size is not None:
             raise UsageError("--region and --size exclude each other; give one")
         if not math.isfinite(guidance):
@@ -92,8 +103,14 @@ def synthesize(
         from ..encoder import load_encoder
         from ..machine import check_precision, find_device, peak_memory
         from ..stages import Painting, kept
-        from ..synthesize import check_asked, synthesize_label, synthesize_slide
+        from ..synthesize import check_asked, synthesize_canvas, synthesize_label, synthesize_slide
 
+        drawn = None
+        if canvas is not None:
+            from ..canvas import Canvas
+
+            drawn = Canvas.load(canvas)
+            mpp = drawn.grid.mpp
         painting = Painting(
             4096 if size is None else size, place, mpp, seed, steps, guidance, solver,
             progressive=progressive == "on", memory=memory, device=device, precision=precision,
@@ -102,15 +119,22 @@ def synthesize(
         check_precision(precision, find_device(device))
         loaded = load_brush(brush)
         check_asked(loaded, label)
-        eyes = load_encoder(encoder or loaded.about["encoder"], device=device) if label is None else None
+        if drawn is not None:
+            drawn.check_brush(loaded.about["encoder"], loaded.about["fingerprint"], loaded.pitches)
+        eyes = load_encoder(encoder or loaded.about["encoder"], device=device) if ref is not None else None
         if dry_run:
-            print_plan(plans.plan_painting(loaded, eyes, slide, out, painting), json_)
+            pixels = None if drawn is None else drawn.grid
+            print_plan(plans.plan_painting(loaded, eyes, slide, out, painting, pixels), json_)
             return
         client = connect(scheduler) if scheduler is not None else None
         with Shown(quiet) as progress, client or nullcontext():
             if label is not None:
                 painted = synthesize_label(
                     label, out, painting, brush=loaded, overwrite=overwrite, client=client, tell=progress
+                )
+            elif drawn is not None:
+                painted = synthesize_canvas(
+                    drawn, out, painting, brush=loaded, overwrite=overwrite, client=client, tell=progress
                 )
             else:
                 assert ref is not None
@@ -128,19 +152,23 @@ def synthesize(
         }  # fmt: skip
         if painted.region is not None:
             result |= {"region": list(painted.region), "cosine": cosine}
+        elif drawn is not None:
+            result |= {"canvas": drawn.fingerprint, "strokes": len(drawn.strokes)}
         else:
             result |= {"label": label}
         if json_:
             typer.echo(json.dumps(result, indent=1))
         elif not quiet:
             typer.echo(f"{painted.path}: synthetic, {height} x {width} pixels at {mpp:g} µm")
-            asked = f"label {label}"
+            said = f"label {label}"
+            if drawn is not None:
+                said = f"canvas {drawn.fingerprint}, {len(drawn.strokes)} strokes"
             if ref is not None and painted.region is not None:
-                asked = f"after {ref.name}, region {','.join(map(str, painted.region))} (level-0 pixels)"
-            typer.echo(f"{asked}, seed {seed}")
+                said = f"after {ref.name}, region {','.join(map(str, painted.region))} (level-0 pixels)"
+            typer.echo(f"{said}, seed {seed}")
             typer.echo(f"took {painted.seconds:.0f} s and {result['peak_memory_gb']:.1f} GB")
             shown = ", ".join(f"{value:.3f} at {pitch} µm" for pitch, value in cosine.items())
-            if label is None:
+            if ref is not None:
                 typer.echo(f"mean cosine of embeddings with the reference: {shown or 'no whole tile with tissue'}")
 
 

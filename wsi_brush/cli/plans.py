@@ -56,15 +56,18 @@ def plan_embedding(
 
 
 def plan_painting(
-    brush: Brush, encoder: Encoder | None, slide: Slide | None, out: Path, painting: Painting
-) -> dict[str, Any]:
-    """Where would be painted, and what it would need: time from a few tiles on this machine. Of a label there is
-    neither slide nor encoder."""
+    brush: Brush, encoder: Encoder | None, slide: Slide | None, out: Path, painting: Painting,
+    drawn: Grid | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Where would be painted, and what it would need: time from a few tiles on this machine. Of a label, and of a
+    canvas of the pixels `drawn`, there is neither slide nor encoder."""
     from ..estimate import embedding_seconds, painting_seconds
     from ..stages import budget, stages, state_bytes
     from ..synthesize import choose_canvas, label_canvas
 
     def place() -> Grid:
+        if drawn is not None:
+            return drawn
         return label_canvas(painting) if slide is None else choose_canvas(slide, painting, brush.tissue_of(slide))
 
     ladder = brush.ladder.starting_at(painting.mpp)  # before the slide is searched for tissue
