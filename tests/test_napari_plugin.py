@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from wsi_brush.grid import Grid
 from wsi_brush.pyramid import SHARD, Pyramid
 
+layers = pytest.importorskip("napari_wsi_brush.layers", reason="the plugin is not installed")
 reader = pytest.importorskip("napari_wsi_brush.reader", reason="the plugin is not installed")
 
 AXES = [
@@ -25,7 +26,7 @@ AXES = [
     {"name": "y", "type": "space", "unit": "micrometer"},
     {"name": "x", "type": "space", "unit": "micrometer"},
 ]
-CHANNELS = [{"label": name, "color": color} for name, color in zip("RGB", reader.RGB, strict=True)]
+CHANNELS = [{"label": name, "color": color} for name, color in zip("RGB", layers.RGB, strict=True)]
 
 
 def picture(height: int, width: int) -> NDArray[np.uint8]:
@@ -96,13 +97,30 @@ class TestReader:
         level = only_layer(synthetic)[0][0]
         np.testing.assert_array_equal(level[key], picture(600, 900)[key])
 
-    def test_only_the_window_is_read(self, synthetic: Path) -> None:
-        """With level 0's only shard gone bad, the coarser levels open and show, and level 0 fails when looked at."""
+    def test_only_the_window_is_read(self, synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With level 0's only shard gone bad, the coarser levels show, and level 0 is stripes, which is said once."""
         (synthetic / "0" / "c" / "0" / "0" / "0").write_bytes(b"rubbish")
+        said: list[tuple[str, str]] = []
+        monkeypatch.setattr(layers, "say", lambda line, severity="error": said.append((line, severity)))
         levels = only_layer(synthetic)[0]
-        assert levels[1][:].shape == (300, 450, 3)
-        with pytest.raises(ValueError, match=r"(?i)checksum|crc|index|byte"):
-            levels[0][:5, :5]
+        np.testing.assert_array_equal(levels[1][:], picture(300, 450))
+        assert not said
+        stripes = levels[0][:40, :40]
+        assert set(np.unique(stripes)) == {150, 200}
+        levels[0][500:520, 600:640]
+        ((line, severity),) = said
+        assert severity == "error"
+        assert line.startswith("synthetic: new: damaged, rows 0-40, columns 0-40 of level 0 cannot be read (")
+
+    def test_a_missing_shard_of_ours_is_damage_and_no_white(
+        self, synthetic: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (synthetic / "0" / "c" / "0" / "0" / "0").unlink()
+        said: list[str] = []
+        monkeypatch.setattr(layers, "say", lambda line, severity="error": said.append(line))
+        assert set(np.unique(only_layer(synthetic)[0][0][:40, :40])) == {150, 200}
+        assert len(said) == 1
+        assert "shard 0/0 is missing" in said[0]
 
     def test_others_are_not_called_synthetic(self, tmp_path: Path) -> None:
         level, shown, _ = only_layer(foreign(tmp_path / "real.zarr", np.moveaxis(picture(90, 70), -1, 0)))
