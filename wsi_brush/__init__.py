@@ -47,6 +47,7 @@ The modules, in the order of the data; a module imports only what stands above i
     cluster       the tiles of a sweep on a Dask cluster
     pyramid       Pyramid: an OME-Zarr slide being written
     pair          a painting beside its reference: how close it is, and both as one picture
+    similarity    how like its reference a painting is, tile by tile: a map, with the worst places
     synthesize    verb: brush + reference -> pyramid
     samples       what is looked at when slides are compared: tiles at chosen places
     sides         the two sides that are compared, and which synthetic slide follows which real one
@@ -60,6 +61,7 @@ The modules, in the order of the data; a module imports only what stands above i
     evaluate      verb: real and synthetic slides -> figures
     report        figures and pictures as a folder to be read
     info          what a slide, a store, a brush or a pyramid is
+    view          verb: napari on a slide, or on a painting beside its reference
     cli           the words
 """
 

@@ -176,6 +176,15 @@ def free_memory() -> int | None:
     return min(found, default=None)
 
 
+def leave_out_triton() -> None:
+    """Before torch is imported where a window is open: Mesa's OpenGL brings an LLVM, triton another, and a process that
+    loads the second after the first ends in a segmentation fault. triton is for compiled networks; none of ours is.
+    """
+    maps = Path("/proc/self/maps")
+    if "triton" not in sys.modules and maps.is_file() and "libLLVM" in maps.read_text(errors="replace"):
+        sys.modules["triton"] = None  # type: ignore[assignment]  # Python's own word for: not to be imported
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Ctrl-C waits until the block is over; a second one does not.

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from . import embedding, evaluation, files, painting, training
+from . import embedding, evaluation, files, painting, training, viewing
 from .manners import interrupted, say
 from .models import models
 
@@ -38,6 +38,7 @@ app.command(cls=evaluation.Lists)(evaluation.evaluate)
 app.command()(files.verify)
 app.command()(files.export)
 app.command()(files.info)
+app.command()(viewing.view)
 app.add_typer(models, name="models")
 
 # The base of the errors that the parser of options raises; Typer moved it between versions.
