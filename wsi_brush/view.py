@@ -117,7 +117,7 @@ def _facts(path: Path, count: int, assume_mpp: float | None) -> dict[str, Any]:
     manifest = read_manifest(path) if path.is_dir() else None
     kind = "slide" if manifest is None else str(manifest.get("kind"))
     if manifest is not None and (kind not in _SLIDES or (kind != "pyramid" and count > 1)):
-        raise UsageError(f"{path}: a {kind} of wsi-brush; expected a slide or a painting")
+        raise UsageError(f"{path}: no picture ({kind} of wsi-brush); expected a slide or a painting")
     facts: dict[str, Any] = {"path": str(path)}
     if kind == "embedding store":
         return facts | {"kind": kind}

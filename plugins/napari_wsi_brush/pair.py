@@ -75,7 +75,7 @@ class Pair:
         first.opacity, second.opacity = 1.0, 1.0 if side or self.over or self.mode != FLICKER else 0.0
         for layer in self.sides:
             layer.visible = True
-            layer.name_overlay.visible = side
+            layer.name_overlay.visible, layer.name_overlay.font_size = side, 8
         below, above = self.maps or (None, None)
         if self.swapped:
             below, above = above, below
@@ -92,8 +92,8 @@ class Pair:
         grid.stride, grid.shape, grid.spacing = len(left), (1, 2), GAP
         grid.enabled = side
         bar, text = self.viewer.canvas.overlays.scale_bar, self.viewer.canvas.overlays.text
-        bar.visible, bar.gridded = True, True
-        text.position, text.font_size, text.gridded = "top_right" if side else "top_left", 8, False
+        bar.visible, bar.gridded, bar.font_size = True, True, 8
+        text.position, text.font_size, text.gridded = "bottom_left" if side else "top_left", 7, False
         text.visible, text.text = True, self.caption()
 
     def caption(self) -> str:
