@@ -148,7 +148,12 @@ class SideBySide(QWidget):
             old.end()
         self.pair = Pair(self._viewer, real, synthetic)
         self.show_as(SIDE)
-        self.pair.fit()
+        self._fit()
+        QTimer.singleShot(0, self._fit)  # in a window that is not shown yet the canvas has no size
+
+    def _fit(self) -> None:
+        if self.pair is not None:
+            self.pair.fit()
 
     def show_as(self, mode: str | None = None, *, swapped: bool | None = None, over: bool | None = None) -> None:
         """Arrange what is shown; what is not said stays."""
