@@ -5,6 +5,7 @@ Whatever is not is left to other plugins, so a name is never enough: the first b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,12 @@ def _is_pyramid(path: Path) -> bool:
 
 def _say_slide(store: Path) -> None:
     """Where no layer of the viewer is the slide of a store, which one to open."""
-    import napari
-
     from wsi_brush.store import EmbeddingStore
 
-    viewer = napari.current_viewer()
+    shown = sys.modules.get("napari.viewer")  # without it there is no viewer, and its import takes seconds
+    viewer = None if shown is None else shown.current_viewer()
     name = EmbeddingStore.open(store).about.get("slide", {}).get("name")
     if viewer is None or name is None:
         return
-    shown = {Path(str(layer.metadata.get("path", ""))).name for layer in viewer.layers}
-    if name not in shown:
+    if name not in {Path(str(layer.metadata.get("path", ""))).name for layer in viewer.layers}:
         say(f"{store.name}: embeddings of {name}, which is not open; open it too, to see what they lie on", "info")
