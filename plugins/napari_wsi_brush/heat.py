@@ -70,9 +70,11 @@ def compare(
         if stores is not None:
             found = compare_stores(*stores, mpp, brush=brush, down=down, right=right)
         if found is None:
-            slides = [open_slide(path, assume_mpp=pixel) for path, pixel in zip(paths, pixels, strict=True)]
+            real, synthetic = (open_slide(path, assume_mpp=pixel) for path, pixel in zip(paths, pixels, strict=True))
             encoder = load_encoder(brush.about["encoder"])
-            found = compare_slides(*slides, mpp, brush=brush, encoder=encoder, down=down, right=right, progress=told)
+            found = compare_slides(
+                real, synthetic, mpp, brush=brush, encoder=encoder, down=down, right=right, progress=told
+            )
     except WsiBrushError as error:
         return str(error)
     if not found.worst:

@@ -94,16 +94,16 @@ class ZarrLevel:
     """
 
     def __init__(self, array: zarr.Array[Any], folder: Path | None) -> None:
-        self.shape: tuple[int, int] = tuple(array.shape[-2:])
-        self.chunks: tuple[int, int] = tuple(array.chunks[-2:])
+        self.shape = (array.shape[-2], array.shape[-1])
+        self.chunks = (array.chunks[-2], array.chunks[-1])
         self._array, self._folder = array, folder
 
     def read(self, rows: slice, columns: slice) -> NDArray[np.uint8]:
         """As `Source.read`."""
-        before = (0,) * (self._array.ndim - 3)
+        window: tuple[Any, ...] = (*(0,) * (self._array.ndim - 3), slice(None), rows, columns)
         try:
             self._check(rows, columns)
-            read = np.asarray(self._array[(*before, slice(None), rows, columns)])
+            read = np.asarray(self._array[window])
         except (OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
             line = " ".join(str(error).split())[:160] or type(error).__name__
             place = f"rows {rows.start}-{rows.stop}, columns {columns.start}-{columns.stop} of level {self._array.path}"

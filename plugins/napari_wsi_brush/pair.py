@@ -74,7 +74,8 @@ class Pair:
         side = self.mode == SIDE
         first.opacity, second.opacity = 1.0, 1.0 if side or self.over or self.mode != FLICKER else 0.0
         for layer in self.sides:
-            layer.visible = True
+            if not layer.visible:
+                layer.visible = True  # napari draws the scene anew at each word of it
             layer.name_overlay.visible, layer.name_overlay.font_size = side, 8
         below, above = self.maps or (None, None)
         if self.swapped:

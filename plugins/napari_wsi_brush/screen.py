@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qtpy.QtCore import QEvent, QObject, Qt, Signal
+from qtpy import QtCore
+from qtpy.QtCore import QEvent, QObject, Qt
 from qtpy.QtGui import QColor, QMouseEvent, QPainter, QPaintEvent, QPen
 from qtpy.QtWidgets import QWidget
 
@@ -21,7 +22,7 @@ def canvas_of(viewer: Any) -> Any:
 class SwipeLine(QWidget):
     """A vertical line over the canvas, at a share of its width, that is dragged with the mouse."""
 
-    moved = Signal(float)
+    moved = QtCore.Signal(float)  # type: ignore[attr-defined]  # a name that qtpy gives
 
     def __init__(self, canvas: QWidget) -> None:
         super().__init__(canvas)

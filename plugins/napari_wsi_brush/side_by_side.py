@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qtpy.QtCore import QEvent, QObject, QTimer, Signal
+from qtpy import QtCore
+from qtpy.QtCore import QEvent, QObject, QTimer
 from qtpy.QtWidgets import (
     QButtonGroup,
     QCheckBox,
@@ -39,7 +40,7 @@ _TIPS = {
 
 
 class _Counted(QObject):
-    told = Signal(int, int)
+    told = QtCore.Signal(int, int)  # type: ignore[attr-defined]  # a name that qtpy gives
 
 
 class SideBySide(QWidget):
