@@ -86,9 +86,8 @@ class Pair:
             self._order([*left, *right])
         else:
             self._order([first, second, *_there(below), *others, *_there(above)])
-        if below is not None and above is not None:
-            (above if self.maps and above is self.maps[1] else below).visible = True
-            (self.maps or (below, above))[0].visible = side
+        if self.maps is not None:
+            self.maps[0].visible = side and self.maps[1].visible  # they lie on each other else
         grid = self.viewer.canvas.grid
         grid.stride, grid.shape, grid.spacing = len(left), (1, 2), GAP
         grid.enabled = side
