@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .manners import errors, print_facts
-from .options import AssumeMpp, Debug, DryRun, Json
+from .options import AssumeMpp, Debug, DryRun, Json, Quiet
 
 
 def view(
@@ -19,6 +19,7 @@ def view(
     heat: Annotated[bool, typer.Option("--heat", help="Compare them tile by tile, at 2 µm/px.")] = False,
     assume_mpp: AssumeMpp = None,
     json_: Json = False,
+    quiet: Quiet = False,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
@@ -28,12 +29,11 @@ def view(
 
         if dry_run or json_:
             facts = plan_view(paths, heat=heat, assume_mpp=assume_mpp)
-            if dry_run:
+            if json_ or not quiet:
                 print_facts(facts, json_)
+            if dry_run:
                 return
         open_viewer(paths, heat=heat, assume_mpp=assume_mpp)
-        if json_:
-            print_facts(facts, json_)
         import napari
 
         napari.run()
