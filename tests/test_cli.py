@@ -216,7 +216,7 @@ class TestStart:
             )
 
     def test_every_verb_has_its_help(self, words: Words) -> None:
-        for verb in ("embed", "synthesize", "train", "evaluate", "verify", "export", "info"):
+        for verb in ("embed", "synthesize", "train", "evaluate", "verify", "export", "info", "view"):
             ran = words(verb, "--help")
             assert (ran.code, ran.err) == (0, "")
             assert all(option in ran.out for option in ("--json", "--quiet", "--debug"))

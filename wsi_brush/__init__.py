@@ -59,6 +59,7 @@ The modules, in the order of the data; a module imports only what stands above i
     cluster       the tiles of a sweep on a Dask cluster
     pyramid       Pyramid: an OME-Zarr slide being written
     pair          a painting beside its reference: how close it is, and both as one picture
+    similarity    how like its reference a painting is, tile by tile: a map, with the worst places
     synthesize    verb: brush + reference -> pyramid
     samples       what is looked at when slides are compared: tiles at chosen places
     sides         the two sides that are compared, and which synthetic slide follows which real one
@@ -75,6 +76,7 @@ The modules, in the order of the data; a module imports only what stands above i
     sample        a real slide to try everything on, fetched when asked
     headers       what a slide's header says, and what in it is suspicious
     doctor        verb: whether machine, weights and slides are fit
+    view          verb: napari on a slide, or on a painting beside its reference
     cli           the words
 """
 

@@ -1,1 +1,1 @@
-"""The napari plugin of wsi-brush: synthetic and real OME-Zarr slides as one RGB layer in µm."""
+"""The napari plugin of wsi-brush: slides, paintings and stores in µm, and two of them side by side."""

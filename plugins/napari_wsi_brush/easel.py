@@ -5,11 +5,7 @@ torch is imported where it is needed, in the thread that paints.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,23 +36,6 @@ class Tools:
     name: str
     brush: Brush
     encoder: Encoder
-
-
-def load_torch() -> None:
-    """Load torch's Triton so that it lives beside the graphics; to be called before anything that imports torchvision.
-
-    Mesa's software renderer and torch's Triton each bring an LLVM of their own, and the one that is loaded second
-    crashes unless it is bound to itself.
-    """
-    if "triton" in sys.modules or not hasattr(os, "RTLD_DEEPBIND"):
-        return
-    before = sys.getdlopenflags()
-    sys.setdlopenflags(before | os.RTLD_DEEPBIND)
-    try:
-        with suppress(ImportError):  # only some builds of torch have it
-            importlib.import_module("triton")
-    finally:
-        sys.setdlopenflags(before)
 
 
 def load_tools(name: str) -> Tools:

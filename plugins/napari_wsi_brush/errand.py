@@ -13,7 +13,7 @@ from superqt.utils._qthreading import WorkerBaseSignals
 from wsi_brush.errors import WsiBrushError
 from wsi_brush.progress import StoppedError
 
-from .easel import load_torch
+from .graphics import load_torch
 
 
 class Signals(WorkerBaseSignals):

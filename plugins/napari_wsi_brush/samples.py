@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .reader import LayerData
+from .layers import LayerData
 
 SAMPLES = Path(__file__).parent / "samples"
 

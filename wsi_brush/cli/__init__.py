@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from . import doctor, embedding, evaluation, files, painting, sample, training
+from . import doctor, embedding, evaluation, files, painting, sample, training, viewing
 from .manners import interrupted, say
 from .models import models
 
@@ -40,6 +40,7 @@ app.command()(files.export)
 app.command()(files.info)
 app.command()(sample.sample)
 app.command()(doctor.doctor)
+app.command()(viewing.view)
 app.add_typer(models, name="models")
 
 # The base of the errors that the parser of options raises; Typer moved it between versions.
