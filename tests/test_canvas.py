@@ -17,7 +17,8 @@ from wsi_brush.commit import read_manifest
 from wsi_brush.embed import COVER
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.grid import Grid
-from wsi_brush.ink import THUMBNAIL, Ink
+from wsi_brush.info import describe
+from wsi_brush.ink import THUMBNAIL, Ink, save_palette
 from wsi_brush.slide import open_slide
 from wsi_brush.store import EmbeddingMap
 
@@ -261,6 +262,20 @@ def test_on_disk_it_is_what_it_was(tmp_path_factory: pytest.TempPathFactory, str
         assert painted.redo()
         assert found.redo()
     assert same(found, painted)
+
+
+def test_info_says_what_it_is(tmp_path: Path) -> None:
+    one = canvas()
+    for place in ((40.0, 40.0), (80.0, 60.0)):
+        one.add(Stroke(ink(3), (place,), 50.0))
+    one.undo()
+    one.save(tmp_path / "a.zarr")
+    found = describe(tmp_path / "a.zarr")
+    assert (found["kind"], found["synthetic"], found["strokes"], found["undone"]) == ("canvas", True, 1, 1)
+    assert ((found["height"], found["width"]), found["maps"]) == (one.grid.shape, list(one.pitches))
+    save_palette([ink(3)], tmp_path / "inks.zarr")
+    found = describe(tmp_path / "inks.zarr")
+    assert (found["kind"], found["inks"], found["encoder"]) == ("palette", [ink(3).name], ink(3).encoder)
 
 
 def test_a_copy_is_apart() -> None:

@@ -72,7 +72,7 @@ The modules, in the order of the data; a module imports only what stands above i
     copying       whether a painting copies what its brush was trained on
     evaluate      verb: real and synthetic slides -> figures
     report        figures and pictures as a folder to be read
-    info          what a slide, a store, a brush or a pyramid is
+    info          what a slide, a store, a brush, a pyramid, a canvas or a palette is
     sample        a real slide to try everything on, fetched when asked
     headers       what a slide's header says, and what in it is suspicious
     doctor        verb: whether machine, weights and slides are fit

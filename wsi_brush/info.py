@@ -1,4 +1,5 @@
-"""What something is: a slide, a store, a brush or a pyramid. Read are headers and manifests, no pixels, no weights."""
+"""What something is: a slide, a store, a brush, a pyramid, a canvas or a palette. Read are headers and manifests, no
+pixels, no weights."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import ink
+from .canvas import FORMAT as CANVAS_FORMAT
+from .canvas import KIND as CANVAS
 from .commit import read_manifest
 from .errors import PixelSizeError, RefusedError, UsageError
 from .slide import Slide, open_slide
@@ -15,6 +19,7 @@ from .store import EmbeddingStore
 
 BUNDLED = Path(__file__).parent / "weights" / "brush"
 BRUSH, PYRAMID = "brush", "pyramid"  # the kinds in their manifests; their own modules take seconds to import
+_KNOWN = "a slide, a store, a brush, a pyramid, a canvas or a palette"
 # Of a brush: long, or said otherwise.
 _NOT_SAID = {"system", "encoder", "fingerprint", "tile", "embeddings", "denoiser", "ladder", "training"}
 
@@ -30,7 +35,7 @@ def describe(path: Path | str, *, assume_mpp: float | None = None, force_mpp: fl
     """
     path = BUNDLED if str(path) == "bundled" and not Path(path).exists() else Path(path)
     if not path.exists():
-        raise UsageError(f"{path}: no such file or folder; expected a slide, a store, a brush or a pyramid")
+        raise UsageError(f"{path}: no such file or folder; expected {_KNOWN}")
     manifest = read_manifest(path) if path.is_dir() else None
     kind = "slide" if manifest is None else str(manifest.get("kind"))
     facts: dict[str, Any] = {"path": str(path), "kind": kind}
@@ -40,8 +45,12 @@ def describe(path: Path | str, *, assume_mpp: float | None = None, force_mpp: fl
         facts |= _store(EmbeddingStore.open(path))
     elif kind == BRUSH:
         facts |= _brush(path, manifest)
+    elif kind == ink.KIND:
+        facts |= _palette(path)
+    elif kind == CANVAS:
+        facts |= _canvas(path)
     else:
-        raise UsageError(f"{path}: a {kind} of wsi-brush; expected a slide, a store, a brush or a pyramid")
+        raise UsageError(f"{path}: a {kind} of wsi-brush; expected {_KNOWN}")
     return facts | {"bytes": _bytes(path)}
 
 
@@ -128,6 +137,23 @@ def _brush(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RefusedError(f"{path}: no brush that can be read ({error}); train or fetch it again") from None
+
+
+def _palette(path: Path) -> dict[str, Any]:
+    inks = ink.load_palette(path)
+    return {"encoder": inks[0].encoder, "encoder_sha256": inks[0].fingerprint, "inks": [one.name for one in inks]}
+
+
+def _canvas(path: Path) -> dict[str, Any]:
+    group: Any = ink.open_group(path, CANVAS, CANVAS_FORMAT)
+    about = group.attrs.asdict()
+    grid = about["grid"]
+    return {
+        "synthetic": True, "height": grid["height"], "width": grid["width"], "mpp": grid["mpp"],
+        "encoder": about["encoder"], "encoder_sha256": about["fingerprint"], "tile": about["tile"],
+        "maps": sorted(array.attrs["mpp"] for _, array in group["base"].arrays()),
+        "strokes": about["done"], "undone": len(about["strokes"]) - about["done"],
+    }  # fmt: skip
 
 
 def _bytes(path: Path) -> int:

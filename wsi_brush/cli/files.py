@@ -46,14 +46,14 @@ def export(
 
 
 def info(
-    path: Annotated[Path, typer.Argument(help="A slide, a store, a brush (or bundled), or a pyramid.")],
+    path: Annotated[Path, typer.Argument(help="A slide, a store, a brush (or bundled), a pyramid, a canvas or a palette.")],
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,
     json_: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """What something is: a slide, a store, a brush or a pyramid, its sizes, and where it comes from."""
+    """What something is: a slide, a store, a brush, a pyramid, a canvas or a palette, its sizes, and where it comes from."""
     with errors(debug):
         from ..info import describe
 
