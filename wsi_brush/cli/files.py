@@ -46,14 +46,14 @@ def export(
 
 
 def info(
-    path: Annotated[Path, typer.Argument(help="A slide, a store, a brush (or bundled), a pyramid, a canvas or a palette.")],
+    path: Annotated[Path, typer.Argument(help="A slide, store, brush (or bundled), pyramid, canvas or palette.")],
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,
     json_: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """What something is: a slide, a store, a brush, a pyramid, a canvas or a palette, its sizes, and where it comes from."""
+    """What a slide, store, brush, pyramid, canvas or palette is: its sizes, and where it comes from."""
     with errors(debug):
         from ..info import describe
 
