@@ -60,7 +60,7 @@ class Readers:
     def __init__(
         self, slide: Slide, count: int = 0, *, tile: int = 0, seconds: int = SECONDS, memory: int = MEMORY
     ) -> None:
-        if slide.reader == "image":
+        if count and slide.reader == "image":
             count = min(count, 1)  # each would decode the whole picture
         self._slide, deaths = slide, [DEATHS]
         self._readers = [_Reader(slide, tile, seconds, memory, deaths) for _ in range(count)]
