@@ -137,7 +137,7 @@ def test_a_cluster_embeds_each_slide_once(
             )
             assert [(report.path.stem, report.status) for report in reports] == [(name, status) for name in NAMES]
         monkeypatch.setattr("wsi_brush.fleet._sees", _blind)
-        with pytest.raises(MachineError, match="does not see .*all workers share"):
+        with pytest.raises(MachineError, match=r"does not see .*all workers share"):
             embed_on_cluster([slides], tmp_path / "out", encoder=encoder, client=client, assume_mpp=0.5)
     assert times_done(tmp_path / "out") == Counter(NAMES)
     assert stores(tmp_path / "out") == clean

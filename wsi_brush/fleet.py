@@ -85,8 +85,10 @@ def embed_on_devices(
     threads = threads or max(1, (os.cpu_count() or 1) // len(devices))
     ledger.log("run", slides=len(slides), shard=f"{shard[0]}/{shard[1]}", devices=list(devices))
     tally = _Tally(ledger, slides, progress)
-    crew = [_Hand(order, slides, device, threads) for device in devices]
+    crew: list[_Hand] = []
     try:
+        for device in devices:
+            crew.append(_Hand(order, slides, device, threads))
         while crew:
             wait([thing for hand in crew for thing in (hand.line, hand.process.sentinel)], _LOOK)
             for hand in list(crew):
