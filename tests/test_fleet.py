@@ -58,7 +58,7 @@ def at_first_slide(out: Path, act: Callable[[int], None]) -> Iterator[list[str]]
     begun: list[str] = []
 
     def watch() -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while time.monotonic() < end and not begun:
             for line in log(out) if (out / ledger.LOG).exists() else []:
                 if line["event"] == "begin":
