@@ -90,7 +90,7 @@ def embed_on_devices(
         for device in devices:
             crew.append(_Hand(order, slides, device, threads))
         while crew:
-            wait([thing for hand in crew for thing in (hand.line, hand.process.sentinel)], _LOOK)
+            wait([thing for hand in crew for thing in hand.signs], _LOOK)
             for hand in list(crew):
                 if not hand.hear():
                     continue
@@ -169,11 +169,16 @@ class _Hand:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
 
+    @property
+    def signs(self) -> list[Connection | int]:
+        """What is to be waited for: a line that has ended says so for ever."""
+        return [self.process.sentinel, *([] if self.line.closed else [self.line])]
+
     def hear(self) -> bool:
         """Listen; whether it has ended."""
         ended = not self.process.is_alive()
-        with suppress(EOFError, OSError):
-            while self.line.poll():
+        try:
+            while not self.line.closed and self.line.poll():
                 word, what = self.line.recv()
                 if word == "begin":
                     self.at = what
@@ -181,6 +186,8 @@ class _Hand:
                     self.at, self.done = None, True
                 elif word == "error":
                     self.at, self.error = None, getattr(errors, what[0])(what[1])
+        except (EOFError, OSError):
+            self.line.close()
         if ended:
             self.process.join()
             self.line.close()
