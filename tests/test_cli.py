@@ -6,6 +6,7 @@ its own arguments, streams and signals, without the seconds of import. The first
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ import yaozarrs
 from conftest import TileStatistics, levels_of, make_brush, write_aperio, write_pyramid
 from PIL import Image
 from test_dicom import write_dicom
+from test_embed import damage
 
 from wsi_brush import __version__, commit, ledger
 from wsi_brush.scratch import WORK
@@ -681,6 +683,29 @@ class TestEmbed:
         assert (ran.code, ran.err) == (0, "")
         (row,) = json.loads(ran.out)
         assert (row["mpp"], row["mpp_source"]) == (0.5, "assumed")
+
+    def test_a_damaged_tile_is_counted_or_refused(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
+        path = Path(shutil.copy(tissue_slide, tmp_path / "a.tif"))
+        damage(path, 3 * 8 + 4)
+        for more, code, status, tiles in (((), 0, "done", "1"), (("--strict",), 3, "failed", "0")):
+            out = tmp_path / status
+            ran = words("embed", path, "-o", out, "--workers", 2, *more)
+            assert ran.code == code, ran.err
+            assert any(line.startswith(f"wsi-brush: {path}: ") for line in ran.err.splitlines())
+            assert status in ran.out
+            (row,) = csv.DictReader((out / "slides.csv").read_text("utf-8").splitlines())
+            assert (row["status"], row["bad_tiles"], bool(row["error"])) == (status, tiles, bool(more))
+
+    def test_two_devices_are_two_processes(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
+        slides = tmp_path / "slides"
+        slides.mkdir()
+        for name in ("a.tif", "b.tif"):
+            shutil.copy(tissue_slide, slides / name)
+        ran = words("embed", slides, "-o", tmp_path / "two", "--devices", "cpu,cpu", "--threads", 1, "--json", "-q")
+        assert (ran.code, ran.err) == (0, "")
+        assert [row["status"] for row in json.loads(ran.out)] == ["done", "done"]
+        assert words("embed", slides, "-o", tmp_path / "one", "--threads", 1, "-q").code == 0
+        assert stores(tmp_path / "two") == stores(tmp_path / "one")
 
     def test_a_blank_slide_is_a_valid_result(self, words: Words, tmp_path: Path) -> None:
         Image.fromarray(np.full((300, 300, 3), 245, np.uint8)).save(tmp_path / "blank.png")

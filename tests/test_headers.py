@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,19 +202,3 @@ def test_a_process_of_its_own_finds_the_same(tmp_path: Path, apart: None) -> Non
     with pytest.raises(UsageError, match="--force-mpp 700"):
         check_slide(path, force_mpp=700)
     assert said(check_slide(tmp_path / "none.tif"), "bad")[0].startswith("no such file")
-
-
-@pytest.mark.parametrize(
-    ("code", "line"),
-    [
-        ("import os; os.abort()", "what reads its header died of it (code -6, no word)"),
-        ("import time; time.sleep(60)", "its header cannot be read in 0.5 s"),
-        ("pass", "what reads its header died of it (code 0, no word)"),
-    ],
-)
-def test_a_slide_that_aborts_or_hangs_costs_itself(
-    tmp_path: Path, apart: None, monkeypatch: pytest.MonkeyPatch, code: str, line: str
-) -> None:
-    monkeypatch.setattr(headers, "_PATIENCE", 0.5 if "sleep" in code else 60.0)
-    monkeypatch.setattr(headers, "COMMAND", (sys.executable, "-c", code))
-    assert said(check_slide(tmp_path / "a.svs"), "bad")[0].startswith(line)

@@ -30,7 +30,6 @@ from .tissue import RULES
 
 ELSEWHERE = "elsewhere"
 """Status of a slide that another process is at."""
-_PUBLISH = 15.0  # seconds after which the table is written anew
 
 
 @dataclass
@@ -137,7 +136,6 @@ def embed_slides(
     options: dict[str, Any] = {"assume_mpp": assume_mpp, "force_mpp": force_mpp, "overwrite": overwrite}
     options |= {"outlines": outlines, "workers": workers, "strict": strict}
     rows: dict[str, dict[str, Any]] = {}
-    published = time.monotonic()
     ledger.log("run", slides=len(slides), shard=f"{shard[0]}/{shard[1]}")
     try:
         waiting, before = slides, -1
@@ -148,9 +146,7 @@ def embed_slides(
                 if row is not None:
                     rows[one.name] = row
                     pace.end(one, row)
-                if time.monotonic() - published > _PUBLISH:
-                    ledger.publish()
-                    published = time.monotonic()
+                ledger.publish_in_time()
             waiting = [one for one in waiting if one.name not in rows]
     finally:
         ledger.publish(ended=len(rows) == len(slides))

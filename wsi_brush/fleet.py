@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from .encoder import Encoder, load_encoder
 from .errors import MachineError, RefusedError, WsiBrushError
 from .inputs import Input
 from .ledger import Ledger
+from .machine import find_device, keep_memory
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -75,16 +77,20 @@ def embed_on_devices(
     Raises:
         UsageError, RefusedError, MachineError: as `embed_slides`, and of any of the processes; the others end then.
     """
+    for device in devices:
+        find_device(device)
     slides, loaded = cohort_of(paths, outlines, shard), load_encoder(encoder)
     ledger = open_ledger(out, loaded, outlines=outlines, overwrite=overwrite)
     order = Order(str(out), encoder, ledger.since, assume_mpp, force_mpp, overwrite, outlines, workers, strict)
     threads = threads or max(1, (os.cpu_count() or 1) // len(devices))
     ledger.log("run", slides=len(slides), shard=f"{shard[0]}/{shard[1]}", devices=list(devices))
-    pace, rows = Pace(slides, progress), dict[str, dict[str, Any]]()
-    crew = [_Hand(order, slides, device, threads) for device in devices]
+    tally = _Tally(ledger, slides, progress)
+    crew: list[_Hand] = []
     try:
+        for device in devices:
+            crew.append(_Hand(order, slides, device, threads))
         while crew:
-            wait([thing for hand in crew for thing in (hand.line, hand.process.sentinel)], _LOOK)
+            wait([thing for hand in crew for thing in hand.signs], _LOOK)
             for hand in list(crew):
                 if not hand.hear():
                     continue
@@ -97,21 +103,43 @@ def embed_on_devices(
                     crew.append(_Hand(order, slides, hand.device, threads))
                 elif not hand.done:
                     raise MachineError(f"the process on {hand.device} ended before its first slide ({hand.how()})")
-            _look(ledger, slides, rows, pace)
+            tally.look()
     finally:
         for hand in crew:
+            hand.interrupt()
+        for hand in crew:
             hand.stop()
-        _look(ledger, slides, rows, pace)
-        ledger.publish(ended=len(rows) == len(slides))
-    ledger.log("end", slides=len(rows))
-    return [report_of(one.path, one.name, out, rows.get(one.name)) for one in slides]
+        tally.look()
+        tally.close()
+    return tally.reports()
 
 
-def _look(ledger: Ledger, slides: Sequence[Input], rows: dict[str, dict[str, Any]], pace: Pace) -> None:
-    for named in slides:
-        if named.name not in rows and (row := ledger.ended(named.name)) is not None:
-            rows[named.name] = row
-            pace.end(named, row)
+class _Tally:
+    """What has come of the slides so far."""
+
+    def __init__(self, ledger: Ledger, slides: Sequence[Input], progress: Watch | None) -> None:
+        self._ledger, self._slides, self._pace = ledger, slides, Pace(slides, progress)
+        self._rows: dict[str, dict[str, Any]] = {}
+
+    def look(self) -> None:
+        """Count what others have written down."""
+        for named in self._slides:
+            if named.name not in self._rows and (row := self._ledger.ended(named.name)) is not None:
+                self.count(named, row)
+
+    def count(self, named: Input, row: dict[str, Any]) -> None:
+        """A slide has ended."""
+        self._rows[named.name] = row
+        self._pace.end(named, row)
+        self._ledger.publish_in_time()
+
+    def close(self) -> None:
+        self._ledger.publish(ended=len(self._rows) == len(self._slides))
+
+    def reports(self) -> list[SlideReport]:
+        self._ledger.log("end", slides=len(self._rows))
+        out = self._ledger.out
+        return [report_of(one.path, one.name, out, self._rows.get(one.name)) for one in self._slides]
 
 
 def _bury(ledger: Ledger, named: Input, line: str) -> None:
@@ -133,14 +161,24 @@ class _Hand:
         context = multiprocessing.get_context("spawn")  # threads of torch do not live on in a fork
         self.line, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=_embed, args=(order, list(slides), device, threads, theirs))
-        self.process.start()
+        resource_tracker.ensure_running()  # which would unblock it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child can end in order
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
+
+    @property
+    def signs(self) -> list[Connection | int]:
+        """What is to be waited for: a line that has ended says so for ever."""
+        return [self.process.sentinel, *([] if self.line.closed else [self.line])]
 
     def hear(self) -> bool:
         """Listen; whether it has ended."""
         ended = not self.process.is_alive()
-        with suppress(EOFError, OSError):
-            while self.line.poll():
+        try:
+            while not self.line.closed and self.line.poll():
                 word, what = self.line.recv()
                 if word == "begin":
                     self.at = what
@@ -148,6 +186,8 @@ class _Hand:
                     self.at, self.done = None, True
                 elif word == "error":
                     self.at, self.error = None, getattr(errors, what[0])(what[1])
+        except (EOFError, OSError):
+            self.line.close()
         if ended:
             self.process.join()
             self.line.close()
@@ -158,12 +198,15 @@ class _Hand:
         code = self.process.exitcode or 0
         return signal.Signals(-code).name if code < 0 else f"code {code}"
 
-    def stop(self) -> None:
-        """End it as Ctrl-C does, so that it clears up; if need be, at once."""
+    def interrupt(self) -> None:
+        """Ask it to end as Ctrl-C does, so that it clears up."""
         if self.process.is_alive() and self.process.pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGINT)
-            self.process.join(_PATIENCE)
+
+    def stop(self) -> None:
+        """Wait for its end, and if need be bring it about."""
+        self.process.join(_PATIENCE)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -173,8 +216,6 @@ class _Hand:
 def _embed(order: Order, slides: list[Input], device: str, threads: int, line: Connection) -> None:
     """In the process of a device."""
     import torch
-
-    from .machine import keep_memory
 
     def once(number: int, frame: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal and the parent both send it
@@ -187,6 +228,7 @@ def _embed(order: Order, slides: list[Input], device: str, threads: int, line: C
     keep_memory()
     torch.set_num_threads(threads)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         encoder = load_encoder(order.encoder, device=device)
         _embed_each(order, slides, encoder, line)
         line.send(("end", None))
@@ -232,19 +274,19 @@ def embed_on_cluster(
     from distributed import as_completed
 
     slides, loaded = cohort_of(paths, outlines, shard), load_encoder(encoder)
-    out = Path(out).resolve()
+    out = Path(out).absolute()
     ledger = open_ledger(out, loaded, outlines=outlines, overwrite=overwrite)
     found = _whole_name(encoder)
-    drawn = None if outlines is None else outlines.resolve()
+    drawn = None if outlines is None else outlines.absolute()
     order = Order(str(out), found, ledger.since, assume_mpp, force_mpp, overwrite, drawn, workers, strict)
     for worker, sees in client.run(_sees, str(out)).items():
         if not sees:
             raise MachineError(f"worker {worker} does not see {out}; write to a folder that all workers share")
     ledger.log("run", slides=len(slides), shard=f"{shard[0]}/{shard[1]}", scheduler=True)
-    pace, rows = Pace(slides, progress), dict[str, dict[str, Any]]()
+    tally = _Tally(ledger, slides, progress)
     tasks = {
         client.submit(
-            _task, order, replace(one, path=one.path.resolve()), loaded.fingerprint, device, pure=False, retries=0
+            _task, order, replace(one, path=one.path.absolute()), loaded.fingerprint, device, pure=False, retries=0
         ): one
         for one in slides
     }
@@ -262,20 +304,18 @@ def embed_on_cluster(
             else:
                 raise MachineError(f"the cluster lost a slide ({error or task.status}); run the same command again")
             if row is not None:
-                rows[named.name] = row | {"path": str(named.path)}
-                pace.end(named, rows[named.name])
+                tally.count(named, row)
     finally:
         for task in tasks:
             task.cancel()  # type: ignore[no-untyped-call]
-        ledger.publish(ended=len(rows) == len(slides))
-    ledger.log("end", slides=len(rows))
-    return [report_of(one.path, one.name, out, rows.get(one.name)) for one in slides]
+        tally.close()
+    return tally.reports()
 
 
 def _whole_name(encoder: str) -> str:
     """The name of an encoder for a process that runs in another folder."""
     path = Path(encoder)
-    return str(path.resolve()) if path.is_file() else encoder
+    return str(path.absolute()) if path.is_file() else encoder
 
 
 def _sees(path: str) -> bool:

@@ -5,24 +5,20 @@ What is found is a `Finding`: OK, look (it works, and something is to be known o
 
 from __future__ import annotations
 
-import json
 import os
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from .embed import PITCHES
-from .errors import SlideError, UsageError, WsiBrushError
+from .errors import UsageError, WsiBrushError
 from .grid import Grid
-from .info import PYRAMID, describe
+from .info import PYRAMID
 from .machine import lent_cores
+from .probe import apart
 from .slide.pixelsize import PixelSize
 from .zoo import entries
 
@@ -36,13 +32,7 @@ _GLASS = 80.0  # mm; a slide is 26 x 76
 _PRINT = {72, 96, 100, 120, 150, 200, 240, 300, 350, 400, 600, 1200, 2400}  # dots per inch
 _AGREE = 1.05  # of two pixel sizes
 _GIANT, _GAP, _TOP = 10**8, 8.5, 8192  # pixels of a single level; a step between levels; side of the coarsest one
-_SLOW, _PATIENCE = 5.0, 30.0  # seconds to open: said, given up
-_ROOM = 4 << 30  # bytes that reading a header may take
-COMMAND = (
-    sys.executable, "-c",
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from wsi_brush.headers import tell; tell()",
-)  # fmt: skip
-"""What starts a process that opens a slide; it is given the places of modules (JSON)."""
+_SLOW = 5.0  # seconds to open, from which it is said
 
 
 @dataclass(frozen=True)
@@ -112,42 +102,7 @@ def check_cohort(slides: list[Examined], free: int) -> Finding:
 
 def _open(path: Path, assume_mpp: float | None, force_mpp: float | None) -> dict[str, Any]:
     """The one place where a slide is opened: in a process of its own, which it may abort, stop or fill."""
-    asked = json.dumps({"path": str(path), "assume_mpp": assume_mpp, "force_mpp": force_mpp})
-    try:
-        done = subprocess.run(
-            [*COMMAND, json.dumps(sys.path)],
-            input=asked,
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise SlideError(f"{path}: its header cannot be read in {_PATIENCE:g} s; copy or download it again") from None
-    if done.returncode or not done.stdout:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise SlideError(f"{path}: what reads its header died of it (code {done.returncode}, {last})")
-    answer: dict[str, Any] = json.loads(done.stdout)
-    if "usage" in answer:
-        raise UsageError(answer["usage"])
-    if "bad" in answer:
-        raise SlideError(answer["bad"])
-    return answer
-
-
-def tell() -> None:
-    """What that process does: `info.describe` of what stdin asks for, as JSON on stdout."""
-    with suppress(OSError, ValueError):  # no Linux: there is no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (_ROOM, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    asked = json.load(sys.stdin)
-    try:
-        answer = describe(Path(asked.pop("path")), **asked)
-    except UsageError as error:
-        answer = {"usage": str(error)}
-    except (WsiBrushError, OSError, MemoryError) as error:
-        answer = {"bad": reason_of(error)}
-    json.dump(answer, sys.stdout)
+    return apart("wsi_brush.info:describe", path, assume_mpp=assume_mpp, force_mpp=force_mpp)
 
 
 def reason_of(error: BaseException) -> str:

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import socket
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ COLUMNS = ("id", "path", "status", "tiles", "bad_tiles", "mpp", "mpp_source", "s
 """Of `slides.csv`. `status` is done, empty or failed; `seconds` are those of the run that made the store."""
 KIND = "cohort"
 _PACKAGES = ("numpy", "torch", "timm", "zarr", "openslide-python", "openslide-bin", "tiffslide", "tifffile")
+
+_PUBLISH = 15.0  # seconds after which the table is written anew
 
 _held: set[int] = set()  # open files of claims
 
@@ -68,6 +71,7 @@ class Ledger:
     ) -> None:  # fmt: skip
         self.out, self._box = out, out / FOLDER
         self._parameters, self._about = json.loads(json.dumps(parameters)), about
+        self._published = time.monotonic()
         new = not out.exists()
         try:
             for name in ("rows", "claims"):
@@ -144,6 +148,11 @@ class Ledger:
             finally:
                 os.close(file)
 
+    def publish_in_time(self) -> None:
+        """As `publish`, if that was not done of late."""
+        if time.monotonic() - self._published > _PUBLISH:
+            self.publish()
+
     def publish(self, *, ended: bool = False) -> None:
         """Write the table and the manifest anew, from all rows that are there."""
         with full_disk_said(self.out), self._alone("table"):  # who comes last has seen every row
@@ -156,6 +165,7 @@ class Ledger:
             partial.write_text(text.getvalue(), "utf-8", "backslashreplace")
             os.replace(partial, self.out / TABLE)
             write_json(self.out / MANIFEST, self._manifest(rows, ended=_time() if ended else None))
+        self._published = time.monotonic()
 
     def _manifest(self, rows: list[dict[str, Any]], *, ended: str | None) -> dict[str, Any]:
         return {

@@ -11,6 +11,7 @@ The child is started anew, not forked: a process with torch's threads cannot be 
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import select
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import MachineError, PixelSizeError, SlideError, UsageError, WsiBrushError
+from .errors import MachineError, PixelSizeError, RefusedError, SlideError, UsageError, WsiBrushError
 
 SECONDS = 60.0
 """A slide that is not open by then is given up."""
@@ -37,7 +38,7 @@ _WINDOW = 64  # pixels a side of what is read of each level
 _START = 120.0  # seconds a child may take to begin, on a machine that is busy
 _GRACE = 5.0  # seconds that the child's own alarm has before it is killed from here
 _ERRORS: dict[str, type[WsiBrushError]] = {
-    error.__name__: error for error in (SlideError, PixelSizeError, UsageError, MachineError)
+    error.__name__: error for error in (SlideError, PixelSizeError, UsageError, MachineError, RefusedError)
 }
 
 
@@ -64,8 +65,17 @@ def probe(path: Path | str, *, assume_mpp: float | None = None, force_mpp: float
         PixelSizeError, UsageError: as `open_slide`.
         MachineError: if no process can be started.
     """
+    return _header(apart("wsi_brush.probe:look", path, assume_mpp=assume_mpp, force_mpp=force_mpp))
+
+
+def apart(work: str, path: Path | str, **more: Any) -> dict[str, Any]:
+    """What the function `work` (MODULE:NAME) says of a path, as JSON values, found out in another process.
+
+    Raises:
+        WsiBrushError: as that function, and as `probe`.
+    """
     with _LOCK:
-        return _child().ask(Path(path), assume_mpp, force_mpp)
+        return _child().ask(Path(path), {"work": work, "path": str(path), **more})
 
 
 class _Child:
@@ -92,10 +102,8 @@ class _Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, path: Path, assume_mpp: float | None, force_mpp: float | None) -> Header:
-        question = {
-            "path": str(path), "assume_mpp": assume_mpp, "force_mpp": force_mpp, "seconds": SECONDS, "memory": MEMORY
-        }  # fmt: skip
+    def ask(self, path: Path, question: dict[str, Any]) -> dict[str, Any]:
+        question |= {"seconds": SECONDS, "memory": MEMORY}
         assert self._process.stdin is not None
         line = b""
         try:
@@ -109,10 +117,10 @@ class _Child:
                 self.end()
         if not line.endswith(b"\n"):
             raise SlideError(f"{path}: {self._death()}; the file is damaged, or too large for this machine")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise _ERRORS[answer["error"]](answer["message"])
-        return _header(answer)
+        said: dict[str, Any] = json.loads(line)
+        if "error" in said:
+            raise _ERRORS[said["error"]](said["message"])
+        return said
 
     def _line(self, seconds: float) -> bytes:
         """The next line of the child; less than a line if it died or took longer."""
@@ -207,10 +215,12 @@ def serve() -> None:
     answers.flush()
     for line in sys.stdin.buffer:
         question = json.loads(line)
+        place, _, name = question.pop("work").partition(":")
+        work = getattr(importlib.import_module(place), name)
         _limit(question.pop("memory"), Path(question["path"]))
         signal.setitimer(signal.ITIMER_REAL, question.pop("seconds"))  # ends this process, also inside a C library
         try:
-            answer = asdict(_look(**question))
+            answer = work(**question)
         except WsiBrushError as error:
             kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _ERRORS)
             answer = {"error": kind, "message": str(error)}
@@ -223,7 +233,8 @@ def serve() -> None:
         answers.flush()
 
 
-def _look(path: str, assume_mpp: float | None, force_mpp: float | None) -> Header:
+def look(path: str, assume_mpp: float | None, force_mpp: float | None) -> dict[str, Any]:
+    """A `Header` as JSON values, once the slide has been open in this process."""
     from .grid import Grid
     from .slide import open_slide
 
@@ -239,7 +250,7 @@ def _look(path: str, assume_mpp: float | None, force_mpp: float | None) -> Heade
             with suppress(SlideError):
                 slide.read(Grid(mpp, top, left, _WINDOW, _WINDOW))
     full = levels[0]
-    return Header(slide.mpp, slide.mpp_source, slide.reader, *full, levels, slide.pixel, slide.synthetic)
+    return asdict(Header(slide.mpp, slide.mpp_source, slide.reader, *full, levels, slide.pixel, slide.synthetic))
 
 
 def _limit(memory: int, path: Path) -> None:
