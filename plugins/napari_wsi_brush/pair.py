@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .under import about_of, is_picture, is_synthetic
+
 SIDE, SWIPE, FLICKER = "side by side", "swipe", "flicker"
 MODES = (SIDE, SWIPE, FLICKER)
 GAP = 4
@@ -16,21 +18,14 @@ GAP = 4
 
 def pictures(viewer: Any) -> list[Any]:
     """The layers that can be one of a pair: colour images, but no map of embeddings or of similarity."""
-    return [layer for layer in viewer.layers if getattr(layer, "rgb", False) and not _is_map(layer)]
-
-
-def is_synthetic(layer: Any) -> bool:
-    """Whether what it shows says of itself that it was painted."""
-    about = layer.metadata.get("wsi_brush")
-    return layer.metadata.get("synthetic") is True or (isinstance(about, dict) and about.get("synthetic") is True)
+    return [layer for layer in viewer.layers if is_picture(layer)]
 
 
 def facts_of(layer: Any) -> str:
     """What stands on a painting of how it came to be, in words: seed, guidance, steps; nothing of other pictures."""
     if not is_synthetic(layer):
         return ""
-    about = layer.metadata.get("wsi_brush")
-    known = about if isinstance(about, dict) else {}
+    known = about_of(layer)
     parts = [
         f"{name} {known[name]:g}" for name in ("seed", "guidance", "steps") if isinstance(known.get(name), int | float)
     ]
@@ -136,8 +131,3 @@ class Pair:
 
 def _there(layer: Any) -> list[Any]:
     return [] if layer is None else [layer]
-
-
-def _is_map(layer: Any) -> bool:
-    about = layer.metadata.get("wsi_brush")
-    return isinstance(about, dict) and ("store" in about or "similarity" in about)
