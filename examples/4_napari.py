@@ -69,8 +69,8 @@ def animated(frames: list[Any], path: Path) -> None:
 
 def look_at(viewer: Any, corner: tuple[float, float], share: float = 0.8) -> None:
     """The square that is painted fills so much of the canvas."""
-    viewer.camera.center = tuple(edge + SIDE / 2 for edge in corner)
-    viewer.camera.zoom = share * min(viewer.canvas.size) / SIDE
+    viewer.scene.camera.center = tuple(edge + SIDE / 2 for edge in corner)
+    viewer.scene.camera.zoom = share * min(viewer.canvas.size) / SIDE
 
 
 def opened(slide: Path | None) -> tuple[Any, Any]:

@@ -99,8 +99,8 @@ class Seeds(Choices):
         """All of the strip to be seen, wherever the slide is."""
         (top, left), (bottom, _) = (edge[-2:] for edge in layer.extent.world)
         width = self._step * (self.many.value + 1)
-        self.viewer.camera.center = ((top + bottom) / 2, left + width / 2)
-        self.viewer.camera.zoom = 0.95 * min(self.viewer.canvas.size / np.array((bottom - top, width)))
+        self.viewer.scene.camera.center = ((top + bottom) / 2, left + width / 2)
+        self.viewer.scene.camera.zoom = 0.95 * min(self.viewer.canvas.size / np.array((bottom - top, width)))
 
     def _done(self, shape: tuple[int, int]) -> None:
         self.say("a click on one takes its seed and its place over into Synthesize")
