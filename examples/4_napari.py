@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from qtpy.QtWidgets import QApplication
 
-from napari_wsi_brush import easel
+from napari_wsi_brush import easel, samples
 
-SIDE = 320  # µm, of what is painted
-SHOWN = 320  # pixels of a side of the animation
+SIDE = 256  # µm, of what is painted
+SHOWN = 300  # pixels of a side of the animation
 BYTES = 195_000  # of a picture: a page is to be read quickly
 FRAMES = 18
 
@@ -68,7 +68,8 @@ def animated(frames: list[Any], path: Path) -> None:
 
 
 def look_at(viewer: Any, corner: tuple[float, float], share: float = 0.8) -> None:
-    """The square that is painted fills so much of the canvas."""
+    """The square that is painted fills so much of the canvas, once docks have their places."""
+    calm()
     viewer.scene.camera.center = tuple(edge + SIDE / 2 for edge in corner)
     viewer.scene.camera.zoom = share * min(viewer.canvas.size) / SIDE
 
@@ -85,12 +86,12 @@ def paint_after(folder: Path, work: Path, slide: Path | None, corner: tuple[floa
     """Synthesize while it paints, what came of it beside its reference, and three seeds."""
     viewer, layer = opened(slide)
     _, choices = viewer.window.add_plugin_dock_widget("wsi-brush", "Synthesize")
+    look_at(viewer, corner, 0.7)
     choices.draw.native.click()
     square = np.array([(0, 0), (0, SIDE), (SIDE, SIDE), (SIDE, 0)])
     choices.region.value.add_rectangles(square + corner - layer.scale[-1] / 2)
     viewer.layers.selection.active = layer
-    look_at(viewer, corner, 0.7)
-    choices.file.value = work / "synthetic.ome.zarr"
+    choices.file.value, choices.steps.value = work / "synthetic.ome.zarr", 12
     until(lambda: "at row" in choices.said.value)
     choices.run.native.click()
     shot: list[float] = []
@@ -105,19 +106,25 @@ def paint_after(folder: Path, work: Path, slide: Path | None, corner: tuple[floa
     until(watched)
     print(choices.said.value)
     _, seeds = viewer.window.add_plugin_dock_widget("wsi-brush", "Seeds", tabify=True)
-    seeds.region.value, seeds.many.value, seeds.steps.value = choices.region.value, 2, 10
+    seeds.region.value, seeds.many.value, seeds.steps.value = choices.region.value, 2, 12
     seeds.run.native.click()
     until(lambda: seeds.job is None)
     shoot(viewer, folder / "viewer_seeds.jpg")
-    seeds.clear_strip()
-    viewer.layers.remove(choices.region.value)
-    for name in [name for name in viewer.window.dock_widgets if name.startswith(("Synthesize", "Seeds"))]:
-        viewer.window.remove_dock_widget(viewer.window.dock_widgets[name].parent())
+    viewer.close()
+
+
+def side_by_side(folder: Path, real: Path, painted: Path, pitch: float) -> None:
+    """A painting beside its reference, with the map of their likeness, the tiles seen at `pitch` µm a pixel."""
+    viewer = napari.Viewer(show=True)
+    viewer.window.resize(1280, 860)
+    viewer.open([real], plugin="wsi-brush")
+    viewer.open([painted], plugin="wsi-brush")
     _, pair = viewer.window.add_plugin_dock_widget("wsi-brush", "Real | Synthetic")
-    pair.pitch.setCurrentIndex(0)
+    pair.pitch.setCurrentIndex(pair.pitch.findData(pitch))
     pair.compare_button.click()
     until(lambda: pair.job is None)
     viewer.layers[-1].opacity = 0.35
+    calm()
     pair.pair.fit()
     shoot(viewer, folder / "viewer_side_by_side.jpg")
     print(pair.legend.text())
@@ -127,8 +134,8 @@ def paint_after(folder: Path, work: Path, slide: Path | None, corner: tuple[floa
 def paint_by_hand(folder: Path, slide: Path | None, corner: tuple[float, float], place: tuple[float, float]) -> None:
     """A canvas of the slide's embeddings is painted, then a stroke of other tissue over it; all of it is animated."""
     viewer, layer = opened(slide)
-    look_at(viewer, corner)
     _, brush = viewer.window.add_plugin_dock_widget("wsi-brush", "Brush")
+    look_at(viewer, corner)
     form, frames = brush.form, []
     form.pixels.setValue(512)
     form.of_slide.click()
@@ -165,6 +172,8 @@ def main() -> None:
     paint_by_hand(folder, slide, corner, place)
     with tempfile.TemporaryDirectory() as name:
         paint_after(folder, Path(name), slide, corner)
+        sample = samples.SAMPLES / "reference.tif"
+        side_by_side(folder, slide or sample, Path(name) / "synthetic.ome.zarr", 0.5)
 
 
 if __name__ == "__main__":

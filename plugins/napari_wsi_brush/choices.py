@@ -134,7 +134,7 @@ class Choices(Working):
         if layer is None:
             layer = self.viewer.add_shapes(
                 name=DRAWN, ndim=2, units=self.reference.value.units, edge_color="#ffd400", face_color="transparent",
-                edge_width=max(self.reference.value.extent.world[1][-2:]) / 400,
+                edge_width=3 / self.viewer.scene.camera.zoom,
             )  # fmt: skip
             self.region.value = layer
         self.viewer.layers.selection.active = layer
