@@ -116,7 +116,7 @@ def paint_after(folder: Path, work: Path, slide: Path | None, corner: tuple[floa
 def side_by_side(folder: Path, real: Path, painted: Path, pitch: float) -> None:
     """A painting beside its reference, with the map of their likeness, the tiles seen at `pitch` µm a pixel."""
     viewer = napari.Viewer(show=True)
-    viewer.window.resize(1280, 860)
+    viewer.window.resize(1560, 860)
     viewer.open([real], plugin="wsi-brush")
     viewer.open([painted], plugin="wsi-brush")
     _, pair = viewer.window.add_plugin_dock_widget("wsi-brush", "Real | Synthetic")
@@ -137,7 +137,8 @@ def paint_by_hand(folder: Path, slide: Path | None, corner: tuple[float, float],
     _, brush = viewer.window.add_plugin_dock_widget("wsi-brush", "Brush")
     look_at(viewer, corner)
     form, frames = brush.form, []
-    form.pixels.setValue(512)
+    form.pixels.setValue(384)
+    form.steps.setValue(8)
     form.of_slide.click()
     form.automatic.click()
     form.new.click()
@@ -149,11 +150,11 @@ def paint_by_hand(folder: Path, slide: Path | None, corner: tuple[float, float],
     brush.add_inks([easel.pick(brush.tools, path, at) for at in (tuple(edge + 40 for edge in corner), place)])
     until(lambda: brush.easel.painted is not None and brush.job is None)
     form.draw.click()
-    form.size.setValue(90)
+    form.size.setValue(70)
     down, across = grid.extent[:2]
-    curve = tuple((down + 128 + 60 * np.sin(x / 40), across + x) for x in np.linspace(30, 226, 30))
+    curve = tuple((down + 96 + 45 * np.sin(x / 30), across + x) for x in np.linspace(20, 172, 30))
     begun = len(frames)
-    brush.add_stroke(brush.ink, curve, 90)
+    brush.add_stroke(brush.ink, curve, 70)
     until(lambda: len(frames) > begun + 2)
     until(lambda: brush.job is None)
     form.undo.setFocus()

@@ -88,7 +88,12 @@ class Pair:
         grid.enabled = side
         bar, text = self.viewer.canvas.overlays.scale_bar, self.viewer.canvas.overlays.text
         bar.visible, bar.gridded, bar.font_size = True, True, 8
-        text.position, text.font_size, text.gridded = "bottom_left" if side else "top_left", 7, False
+        corners = ["bottom_left", "bottom_right"]
+        if self.swapped:
+            corners.reverse()
+        bar.position = corners[0] if side else "bottom_right"
+        text.position = corners[1] if side else "top_left"  # in the painting's cell: nothing real is called synthetic
+        text.font_size, text.gridded = 7, False
         text.visible, text.text = True, self.caption()
 
     def caption(self) -> str:
