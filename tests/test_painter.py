@@ -61,7 +61,7 @@ def until(done, seconds=200):
         wait(0.02)
 
 def idle():
-    return brush._bench.errand is None
+    return brush.job is None
 
 def press(button):
     assert button.isEnabled(), button.text()

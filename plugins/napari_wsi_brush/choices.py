@@ -18,32 +18,27 @@ from magicgui.widgets import (
     PushButton,
     SpinBox,
 )
-from napari.layers import Image, Layer, Shapes
-from napari.utils.notifications import show_error
+from napari.layers import Layer, Shapes
 from qtpy.QtCore import Qt, QTimer
-from qtpy.QtWidgets import QFormLayout, QHBoxLayout, QWidget
+from qtpy.QtWidgets import QFormLayout
 
 from wsi_brush.errors import UsageError, WsiBrushError
 
+from .forms import row
 from .jobs import Picture, Wish, plan, region_of
-from .worker import Job, start
+from .layers import say
+from .under import slide_of
+from .worker import Job, Working, start
 
 if TYPE_CHECKING:
     import napari
 
-MICROMETERS = ("micrometer", "micrometer")
 DRAWN = "region to paint"
 _PAUSE = 500  # ms without a change before what would be painted is worked out
 _MOST = 2**31 - 1  # of a spin box
 
 
-def slide_of(layer: Layer) -> Path | None:
-    """The file that a layer was opened from."""
-    path = layer.metadata.get("path") or layer.source.path
-    return Path(path) if path else None
-
-
-class Choices(QWidget):
+class Choices(Working):
     """Reference, region, brush and how to paint; a line that says what it takes; Run and Cancel.
 
     Subclasses put controls of their own between, give `begin`, and `target` where they write a file.
@@ -52,9 +47,7 @@ class Choices(QWidget):
     def __init__(self, viewer: napari.viewer.Viewer, own: list[Any], *, side: int) -> None:
         super().__init__()
         self.viewer = viewer
-        self.job: Job | None = None
         self.origin, self.right = (0.0, 0.0), 0.0  # of the reference of a run: its corner and its right edge, in µm
-        self._gone = False
         self.reference = ComboBox(label="reference", choices=self._references, tooltip="The slide that is followed.")
         self.region = ComboBox(
             label="region", choices=self._regions, nullable=True, tooltip="Where: the last shape of a layer of shapes."
@@ -87,7 +80,6 @@ class Choices(QWidget):
         self._timer.setInterval(_PAUSE)
         self._timer.timeout.connect(self._plan)
         self._planning: Job | None = None
-        self.destroyed.connect(lambda: self._leave())  # a method of what is gone would not be called
         self.draw.changed.connect(self._draw)
         self.run.changed.connect(lambda: self.begin())
         self.cancel.changed.connect(self.stop)
@@ -111,17 +103,12 @@ class Choices(QWidget):
         line.setMinimumHeight(4 * line.fontMetrics().lineSpacing())
         form.addRow(line)
         form.addRow(self.bar.native)
-        buttons = QHBoxLayout()
-        buttons.addWidget(self.run.native)
-        buttons.addWidget(self.cancel.native)
-        form.addRow(buttons)
+        form.addRow(row(self.run.native, self.cancel.native))
 
     # -- what is chosen ------------------------------------------------------------------------------------
 
     def _references(self, _: object) -> list[tuple[str, Layer]]:
-        layers = [layer for layer in self.viewer.layers if isinstance(layer, Image) and layer.rgb and slide_of(layer)]
-        stores = [layer for layer in layers if "store" in layer.metadata.get("wsi_brush", {})]
-        return [(layer.name, layer) for layer in layers if layer not in stores]
+        return [(layer.name, layer) for layer in self.viewer.layers if slide_of(layer) is not None]
 
     def _regions(self, _: object) -> list[tuple[str, Layer]]:
         return [(layer.name, layer) for layer in self.viewer.layers if isinstance(layer, Shapes)]
@@ -141,13 +128,13 @@ class Choices(QWidget):
         try:
             self.asked()
         except WsiBrushError as error:
-            show_error(str(error))
+            say(str(error))
             return
         layer = self.region.value
         if layer is None:
             layer = self.viewer.add_shapes(
                 name=DRAWN, ndim=2, units=self.reference.value.units, edge_color="#ffd400", face_color="transparent",
-                edge_width=max(self.reference.value.extent.world[1][-2:]) / 400,
+                edge_width=3 / self.viewer.scene.camera.zoom,
             )  # fmt: skip
             self.region.value = layer
         self.viewer.layers.selection.active = layer
@@ -267,7 +254,7 @@ class Choices(QWidget):
     def refused(self, line: str) -> None:
         """The user can put it right."""
         self.say(line)
-        show_error(line)
+        say(line)
 
     def _errored(self, error: Exception) -> None:
         self.say(f"failed: {error}")
@@ -281,10 +268,9 @@ class Choices(QWidget):
 
     def _leave(self) -> None:
         """The widget is no more; what it runs ends."""
-        self._gone = True
-        for job in (self.job, self._planning):
-            if job is not None:
-                job.quit()
+        super()._leave()
+        if self._planning is not None:
+            self._planning.quit()
 
     # -- layers --------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ from wsi_brush.ink import Ink, pick_ink
 from wsi_brush.progress import Tell
 from wsi_brush.store import EmbeddingMap
 
+from .jobs import at_full_speed, load_both
+
 if TYPE_CHECKING:
     from wsi_brush.brush import Brush
     from wsi_brush.encoder import Encoder
@@ -44,17 +46,9 @@ def load_tools(name: str) -> Tools:
     Raises:
         WsiBrushError: if one cannot be had, or they do not belong together, or the brush cannot paint parts.
     """
-    from wsi_brush.brush import load_brush
-    from wsi_brush.encoder import load_encoder
-
-    brush = load_brush(name)
-    if brush.labels is not None:
-        raise UsageError(f"{name}: this brush follows labels, and inks are embeddings; choose another brush")
+    brush, encoder = load_both(name)
     if brush.rival is not None:
         raise UsageError(f"{name}: {brush.rival.name} paints whole canvases only; choose another brush")
-    encoder = load_encoder(brush.about["encoder"])
-    if encoder.fingerprint != brush.about["fingerprint"]:
-        raise UsageError(f"{name}: the brush was trained with another encoder than this {encoder.name}")
     return Tools(name, brush, encoder)
 
 
@@ -182,25 +176,15 @@ class Easel:
             WsiBrushError: as `repaint`.
             StoppedError: if `tell` raised it.
         """
-        from wsi_brush.machine import keep_memory, release_memory
         from wsi_brush.repaint import repaint
-        from wsi_brush.stages import Painting, kept
+        from wsi_brush.stages import Painting
 
         painting = Painting(mpp=self.canvas.grid.mpp, seed=seed, steps=steps)
-        keep_memory(kept(painting.memory))
-        try:
+        with at_full_speed(painting):
             return repaint(
-                self.tools.brush,
-                wanted.maps,
-                self.canvas.grid,
-                wanted.changed,
-                self.pixels,
-                painting,
-                show=show,
+                self.tools.brush, wanted.maps, self.canvas.grid, wanted.changed, self.pixels, painting, show=show,
                 tell=tell,
-            )
-        finally:
-            release_memory()
+            )  # fmt: skip
 
     def take(self, wanted: Wanted, part: Grid, pixels: NDArray[np.uint8]) -> None:
         """Put what was painted into the pixels."""

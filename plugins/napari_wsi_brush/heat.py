@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_brush.errors import UsageError, WsiBrushError
+from wsi_brush.errors import UsageError
 
-from .graphics import load_torch
 from .layers import MICROMETRES
+from .under import about_of, slide_of
 
 if TYPE_CHECKING:
     from wsi_brush.similarity import SimilarityMap
@@ -29,11 +29,12 @@ def paths_of(real: Any, synthetic: Any) -> tuple[Path, Path]:
     """
     found = []
     for layer in (real, synthetic):
-        if "path" not in layer.metadata:
+        path = slide_of(layer)
+        if path is None:
             raise UsageError(f"{layer.name}: not opened by wsi-brush, so its file is unknown; open its file again")
         if any(str(unit) != "micrometer" for unit in layer.units):
             raise UsageError(f"{layer.name}: no pixel size in µm; open it with `wsi-brush view --assume-mpp`")
-        found.append(Path(layer.metadata["path"]))
+        found.append(path)
     return found[0], found[1]
 
 
@@ -41,8 +42,8 @@ def stores_among(layers: Any, real: Path, synthetic: Path, mpp: float) -> tuple[
     """The stores of both slides, where both are open in the viewer too."""
     known = {}
     for layer in layers:
-        about = layer.metadata.get("wsi_brush")
-        if isinstance(about, dict) and "store" in about and about.get("mpp") == mpp:
+        about = about_of(layer)
+        if "store" in about and about.get("mpp") == mpp:
             known[about.get("slide")] = Path(about["store"])
     stores = known.get(real.name), known.get(synthetic.name)
     return None if stores[0] is None or stores[1] is None else (stores[0], stores[1])
@@ -55,30 +56,30 @@ def compare(
     shift: tuple[float, float],
     stores: tuple[Path, Path] | None,
     told: Told,
-) -> SimilarityMap | str:
-    """The map, or in one line why there is none. `pixels`: of both layers, µm, where a header has none."""
-    load_torch()
+) -> SimilarityMap:
+    """The map. `pixels`: of both layers, µm, where a header has none.
+
+    Raises:
+        WsiBrushError: if a file cannot be read, or there is nothing to compare.
+    """
     from wsi_brush.brush import load_brush
     from wsi_brush.encoder import load_encoder
     from wsi_brush.similarity import compare_slides, compare_stores
     from wsi_brush.slide import open_slide
 
     down, right = shift
-    try:
-        brush = load_brush()
-        found = None
-        if stores is not None:
-            found = compare_stores(*stores, mpp, brush=brush, down=down, right=right)
-        if found is None:
-            real, synthetic = (open_slide(path, assume_mpp=pixel) for path, pixel in zip(paths, pixels, strict=True))
-            encoder = load_encoder(brush.about["encoder"])
-            found = compare_slides(
-                real, synthetic, mpp, brush=brush, encoder=encoder, down=down, right=right, progress=told
-            )
-    except WsiBrushError as error:
-        return str(error)
+    brush = load_brush()
+    found = None
+    if stores is not None:
+        found = compare_stores(*stores, mpp, brush=brush, down=down, right=right)
+    if found is None:
+        real, synthetic = (open_slide(path, assume_mpp=pixel) for path, pixel in zip(paths, pixels, strict=True))
+        encoder = load_encoder(brush.about["encoder"])
+        found = compare_slides(
+            real, synthetic, mpp, brush=brush, encoder=encoder, down=down, right=right, progress=told
+        )
     if not found.worst:
-        return f"{paths[0].name}: no tissue under the painting, so nothing to compare at {mpp:g} µm"
+        raise UsageError(f"{paths[0].name}: no tissue under the painting, so nothing to compare at {mpp:g} µm")
     return found
 
 

@@ -250,6 +250,11 @@ def say(line: str, severity: str = "error") -> None:
     notification_manager.dispatch(Notification(" ".join(line.split()), severity))
 
 
+def marked(**facts: Any) -> dict[str, Any]:
+    """What stands in the metadata of a layer that shows a painting, beside `facts` of how it was painted."""
+    return {"wsi_brush": {"synthetic": True, **facts}, "synthetic": True}
+
+
 def _picture(path: Path, sources: list[Any], shown: dict[str, Any], *, about: Any, synthetic: bool) -> LayerData:
     """Layer data of the levels of an RGB picture."""
     name = path.name.removesuffix(".zarr").removesuffix(".ome")

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from napari.layers import Image, Layer
-from napari.utils.notifications import show_error
 from numpy.typing import NDArray
-from qtpy.QtWidgets import QFileDialog, QListWidgetItem, QWidget
+from qtpy.QtWidgets import QFileDialog, QListWidgetItem
 
 from wsi_brush.canvas import Stroke
 from wsi_brush.errors import WsiBrushError
@@ -18,23 +17,23 @@ from wsi_brush.ink import Ink, load_palette, save_palette
 
 from . import easel as work
 from .easel import Easel, Tools, Wanted
-from .errand import Bench, Errand, begin
-from .painter_form import Form, thumbnail_icon
+from .forms import Form, thumbnail_icon
+from .layers import MICROMETRES, marked, say
 from .under import place_on, slide_at, slide_of
+from .worker import Job, Working, start
 
 if TYPE_CHECKING:
     import napari
 
 NAME = "synthetic: canvas"
 WAITING = "strokes to be painted"
-MICROMETERS = ("micrometer", "micrometer")
 _STEP = 0.1  # of the brush's size: how far apart the points of a stroke are
 
 
-class Painter(QWidget):
+class Painter(Working):
     """One canvas, a palette, and the brush's size, strength and softness.
 
-    One errand runs at a time. Strokes may be drawn while one paints; they come next.
+    One job runs at a time. Strokes may be drawn while one paints; they come next.
     """
 
     def __init__(self, viewer: napari.viewer.Viewer) -> None:
@@ -44,7 +43,6 @@ class Painter(QWidget):
         self.layer: Image | None = None
         self.tools: Tools | None = None
         self.inks: list[Ink] = []
-        self._bench = Bench()
         self.form = Form(self)
         form = self.form
         form.new.clicked.connect(self.new_canvas)
@@ -64,46 +62,48 @@ class Painter(QWidget):
         form.palette.currentRowChanged.connect(lambda row: self._tool_changed())
         viewer.mouse_drag_callbacks.append(self._clicked)
         viewer.layers.events.removed.connect(self._layer_removed)
-        self.destroyed.connect(self._bench.leave)
 
-    # -- errands -------------------------------------------------------------------------------------------
+    # -- jobs ----------------------------------------------------------------------------------------------
 
     def _send(
-        self, what: str, errand: Callable[[Errand], Any], returned: Callable[[Any], None],
+        self, what: str, does: Callable[[Job], Any], returned: Callable[[Any], None],
         shown: Callable[[Any], None] | None = None, ended: Callable[[], None] | None = None,
     ) -> bool:  # fmt: skip
-        """Begin an errand, unless another is under way; `ended`: it was stopped or refused."""
-        if self._bench.errand is not None:
+        """Begin a job, unless another is under way; `ended`: it was stopped or refused."""
+        if self.job is not None:
             self.say("busy; wait, or cancel")
             return False
 
         def finish(line: str, *, refused: bool = False) -> None:
-            self._bench.errand = None
+            self.job = None
             self.form.busy(False)
             self.say(line)
             if refused:
-                show_error(line)
+                say(line)
             if ended is not None:
                 ended()
 
         def done(answer: Any) -> None:
-            self._bench.errand = None
+            self.job = None
             self.form.busy(False)
             self.say("")
             returned(answer)
 
-        guard = self._bench.guard
+        def guard(slot: Callable[..., None]) -> Callable[..., None]:
+            return lambda *words: None if self._gone else slot(*words)
+
         self.form.busy(True)
         self.say(f"{what} ...")
-        job = begin(
-            errand, told=guard(self.form.progress), shown=guard(shown or (lambda seen: None)), returned=guard(done),
-            stopped=guard(lambda: finish("stopped")), refused=guard(lambda line: finish(line, refused=True)),
+        job = start(
+            f"wsi-brush: {what}", does, told=guard(self.form.progress), returned=guard(done),
+            shown=guard(shown or (lambda seen: None)), stopped=guard(lambda: finish("stopped")),
+            refused=guard(lambda line: finish(line, refused=True)),
             errored=guard(lambda error: finish(f"failed: {error}")),
         )  # fmt: skip
-        self._bench.errand = job
+        self.job = job
 
         def over() -> None:
-            if self._bench.errand is job:  # cancelled when its answer was on the way
+            if self.job is job:  # cancelled when its answer was on the way
                 finish("stopped")
 
         job.finished.connect(guard(over))
@@ -111,22 +111,22 @@ class Painter(QWidget):
 
     def cancel(self) -> None:
         """End what is being done; the pixels are as they were before it."""
-        if self._bench.errand is not None:
-            self._bench.errand.quit()
+        if self.job is not None:
+            self.job.quit()
             self.say("stopping ...")
 
     def say(self, line: str) -> None:
         """A line under the controls."""
         self.form.said.setText(line)
 
-    def _with_tools(self, errand: Callable[[Errand, Tools], Any]) -> Callable[[Errand], Any]:
-        """An errand that needs brush and encoder, which are loaded once; its answer comes with them."""
+    def _with_tools(self, does: Callable[[Job, Tools], Any]) -> Callable[[Job], Any]:
+        """A job that needs brush and encoder, which are loaded once; its answer comes with them."""
         have, name = self.tools, self.form.brush.text().strip() or "bundled"
 
-        def run(job: Errand) -> Any:
+        def run(job: Job) -> Any:
             tools = have if have is not None and have.name == name else work.load_tools(name)
             job.tell("at work", 0, 0)
-            return tools, errand(job, tools)
+            return tools, does(job, tools)
 
         return run
 
@@ -168,7 +168,7 @@ class Painter(QWidget):
         corner = [(edge + 0.5) * grid.mpp for edge in (grid.top, grid.left)]
         self.layer = self.viewer.add_image(
             self.easel.pixels.copy(), name=NAME, rgb=True, scale=(grid.mpp, grid.mpp), translate=corner,
-            units=MICROMETERS, metadata={"synthetic": True, "wsi_brush": {"synthetic": True}},
+            units=MICROMETRES, metadata=marked(),
         )  # fmt: skip
         self.layer.mouse_drag_callbacks.append(self._drag)
         for key, action in (("Control-Z", self.undo), ("Control-Shift-Z", self.redo)):
@@ -181,7 +181,7 @@ class Painter(QWidget):
             self.paint_changed()
 
     def _layer_removed(self, event: Any) -> None:
-        if not self._bench.gone and event.value is self.layer:
+        if not self._gone and event.value is self.layer:
             self.cancel()
             self.layer = self.easel = None
 
@@ -189,7 +189,7 @@ class Painter(QWidget):
 
     def _clicked(self, viewer: Any, event: Any) -> None:
         """A click on a slide while inks are picked."""
-        if self._bench.gone or not self.form.pick.isChecked() or event.button != 1:
+        if self._gone or not self.form.pick.isChecked() or event.button != 1:
             return
         layer = slide_at(self.viewer.layers, event.position)
         if layer is None:
@@ -225,7 +225,7 @@ class Painter(QWidget):
         """A stroke, from press to release."""
         form, easel = self.form, self.easel
         drawing, erasing = form.draw.isChecked(), form.erase.isChecked()
-        if self._bench.gone or easel is None or event.button != 1 or not (drawing or erasing):
+        if self._gone or easel is None or event.button != 1 or not (drawing or erasing):
             return
         ink = None if erasing else self.ink
         if drawing and ink is None:
@@ -255,7 +255,7 @@ class Painter(QWidget):
         except WsiBrushError as error:
             self._hide_waiting()
             self.say(str(error))
-            show_error(str(error))
+            say(str(error))
             return
         self._strokes_changed()
         if form.automatic.isChecked():
@@ -280,7 +280,7 @@ class Painter(QWidget):
     def _moved(self) -> None:
         assert self.easel is not None
         self._strokes_changed()
-        if self._bench.errand is None and (part := self.easel.remembered()) is not None:
+        if self.job is None and (part := self.easel.remembered()) is not None:
             self._show(part, self.easel.pixels[self.easel.here(part)])
         elif self.form.automatic.isChecked():
             self.paint_changed()
@@ -297,7 +297,7 @@ class Painter(QWidget):
     def paint_changed(self, *, everything: bool = False) -> None:
         """Paint what changed, or all of it; while something is under way it comes next."""
         easel = self.easel
-        if easel is None or self._bench.errand is not None:
+        if easel is None or self.job is not None:
             return
         wanted = easel.wanted(everything=everything)
         self._hide_waiting()
@@ -305,8 +305,11 @@ class Painter(QWidget):
             return
         seed, steps = self.form.seed.value(), self.form.steps.value()
 
-        def paint(job: Errand) -> Any:
-            return easel, wanted, *easel.paint(wanted, seed=seed, steps=steps, tell=job.tell, show=job.show)
+        def paint(job: Job) -> Any:
+            def show(*seen: Any) -> None:
+                job.show(seen)
+
+            return easel, wanted, *easel.paint(wanted, seed=seed, steps=steps, tell=job.tell, show=show)
 
         self._send("painting", paint, self._painted, lambda seen: self._show(*seen), self._restore)
 
@@ -352,7 +355,7 @@ class Painter(QWidget):
 
     def _tool_changed(self, *_: object) -> None:
         """The cursor shows the brush's size while there is something to paint with, and dragging does not pan."""
-        if self.layer is None or self._bench.gone:
+        if self.layer is None or self._gone:
             return
         painting = self.form.draw.isChecked() or self.form.erase.isChecked()
         self.layer.mouse_pan = not painting
@@ -367,7 +370,7 @@ class Painter(QWidget):
         colour = np.ones(3) if ink is None else ink.thumbnail.mean((0, 1)) / 255
         if layer is None:
             layer = self.viewer.add_points(
-                ndim=2, name=WAITING, units=MICROMETERS, border_width=0, opacity=0.6, size=size
+                ndim=2, name=WAITING, units=MICROMETRES, border_width=0, opacity=0.6, size=size
             )
             self.viewer.layers.selection.active = self.layer
         layer.current_size = size

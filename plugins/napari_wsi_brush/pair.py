@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .under import about_of, is_picture, is_synthetic
+
 SIDE, SWIPE, FLICKER = "side by side", "swipe", "flicker"
 MODES = (SIDE, SWIPE, FLICKER)
 GAP = 4
@@ -16,21 +18,14 @@ GAP = 4
 
 def pictures(viewer: Any) -> list[Any]:
     """The layers that can be one of a pair: colour images, but no map of embeddings or of similarity."""
-    return [layer for layer in viewer.layers if getattr(layer, "rgb", False) and not _is_map(layer)]
-
-
-def is_synthetic(layer: Any) -> bool:
-    """Whether what it shows says of itself that it was painted."""
-    about = layer.metadata.get("wsi_brush")
-    return layer.metadata.get("synthetic") is True or (isinstance(about, dict) and about.get("synthetic") is True)
+    return [layer for layer in viewer.layers if is_picture(layer)]
 
 
 def facts_of(layer: Any) -> str:
     """What stands on a painting of how it came to be, in words: seed, guidance, steps; nothing of other pictures."""
     if not is_synthetic(layer):
         return ""
-    about = layer.metadata.get("wsi_brush")
-    known = about if isinstance(about, dict) else {}
+    known = about_of(layer)
     parts = [
         f"{name} {known[name]:g}" for name in ("seed", "guidance", "steps") if isinstance(known.get(name), int | float)
     ]
@@ -93,7 +88,12 @@ class Pair:
         grid.enabled = side
         bar, text = self.viewer.canvas.overlays.scale_bar, self.viewer.canvas.overlays.text
         bar.visible, bar.gridded, bar.font_size = True, True, 8
-        text.position, text.font_size, text.gridded = "bottom_left" if side else "top_left", 7, False
+        corners = ["bottom_left", "bottom_right"]
+        if self.swapped:
+            corners.reverse()
+        bar.position = corners[0] if side else "bottom_right"
+        text.position = corners[1] if side else "top_left"  # in the painting's cell: nothing real is called synthetic
+        text.font_size, text.gridded = 7, False
         text.visible, text.text = True, self.caption()
 
     def caption(self) -> str:
@@ -136,8 +136,3 @@ class Pair:
 
 def _there(layer: Any) -> list[Any]:
     return [] if layer is None else [layer]
-
-
-def _is_map(layer: Any) -> bool:
-    about = layer.metadata.get("wsi_brush")
-    return isinstance(about, dict) and ("store" in about or "similarity" in about)

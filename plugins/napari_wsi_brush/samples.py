@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .layers import LayerData
+from .layers import MICROMETRES, LayerData, marked
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -33,7 +33,7 @@ def _layer(name: str, *, right: int) -> LayerData:
         "rgb": True,
         "scale": (slide.mpp, slide.mpp),
         "translate": (0.0, right * 1.03 * slide.grid.width * slide.mpp),
-        "units": ("micrometer", "micrometer"),
-        "metadata": {"wsi_brush": {"synthetic": True}, "synthetic": True, "path": str(slide.path)},
+        "units": MICROMETRES,
+        "metadata": {**marked(), "path": str(slide.path)},
     }
     return slide.read(slide.grid), shown, "image"

@@ -11,8 +11,9 @@ from napari.layers import Layer
 
 from wsi_brush.errors import WsiBrushError
 
-from .choices import MICROMETERS, Choices
+from .choices import Choices
 from .jobs import Picture, Seeded, paint_seeds
+from .layers import MICROMETRES, marked
 
 if TYPE_CHECKING:
     import napari
@@ -77,9 +78,9 @@ class Seeds(Choices):
         if layer is None:
             about: dict[str, Any] = {"strip": one.number, "seed": one.seed}
             if one.seed is not None:
-                about |= {"wsi_brush": {"synthetic": True, "seed": one.seed}, "synthetic": True}
+                about |= marked(seed=one.seed)
             layer = self.viewer.add_image(
-                one.picture.pixels, name=name, rgb=True, units=MICROMETERS, metadata=about, **place
+                one.picture.pixels, name=name, rgb=True, units=MICROMETRES, metadata=about, **place
             )
         else:
             layer.data = one.picture.pixels
@@ -98,8 +99,8 @@ class Seeds(Choices):
         """All of the strip to be seen, wherever the slide is."""
         (top, left), (bottom, _) = (edge[-2:] for edge in layer.extent.world)
         width = self._step * (self.many.value + 1)
-        self.viewer.camera.center = ((top + bottom) / 2, left + width / 2)
-        self.viewer.camera.zoom = 0.95 * min(self.viewer.canvas.size / np.array((bottom - top, width)))
+        self.viewer.scene.camera.center = ((top + bottom) / 2, left + width / 2)
+        self.viewer.scene.camera.zoom = 0.95 * min(self.viewer.canvas.size / np.array((bottom - top, width)))
 
     def _done(self, shape: tuple[int, int]) -> None:
         self.say("a click on one takes its seed and its place over into Synthesize")

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qtpy import QtCore
 from qtpy.QtCore import QEvent, QObject, QTimer
 from qtpy.QtWidgets import (
     QButtonGroup,
     QCheckBox,
     QComboBox,
     QFormLayout,
-    QHBoxLayout,
     QLabel,
     QProgressBar,
     QPushButton,
     QSpinBox,
     QVBoxLayout,
-    QWidget,
 )
 
 from wsi_brush.errors import WsiBrushError
-from wsi_brush.progress import StoppedError
 
 from . import heat
+from .forms import button, row
 from .layers import say
-from .pair import FLICKER, MODES, SIDE, SWIPE, Pair, is_synthetic, pictures
+from .pair import FLICKER, MODES, SIDE, SWIPE, Pair, pictures
 from .screen import Cut, OtherCursor, SwipeLine, canvas_of, forget
+from .under import is_synthetic
+from .worker import Job, Working, start
 
 if TYPE_CHECKING:
     import napari.viewer
+
+    from wsi_brush.similarity import SimilarityMap
 
 PITCHES = (0.5, 2.0, 8.0)
 _TIPS = {
@@ -39,11 +42,7 @@ _TIPS = {
 }
 
 
-class _Counted(QObject):
-    told = QtCore.Signal(int, int)  # type: ignore[attr-defined]  # a name that qtpy gives
-
-
-class SideBySide(QWidget):
+class SideBySide(Working):
     """Chooses two layers of a viewer and how they are compared. `pair` is None where there are not two."""
 
     def __init__(self, viewer: napari.viewer.Viewer) -> None:
@@ -53,7 +52,6 @@ class SideBySide(QWidget):
         )  # a proxy warns of the canvas, which has no public name
         self.pair: Pair | None = None
         self.found: Any = None
-        self._worker: Any = None
         self._rank, self._busy = -1, False
         canvas = canvas_of(self._viewer).native
         self.line, self.cursor_mark, self._cut = SwipeLine(canvas), OtherCursor(self._viewer, canvas), Cut(self._viewer)
@@ -77,16 +75,12 @@ class SideBySide(QWidget):
         self.synthetic.setToolTip("The layer that stands right, or above")
         for box in (self.real, self.synthetic):
             box.activated.connect(self._chosen)
-        self.modes, row = QButtonGroup(self), QHBoxLayout()
+        self.modes = QButtonGroup(self)
         self.buttons: dict[str, QPushButton] = {}
         for mode in MODES:
-            button = QPushButton(mode.capitalize())
-            button.setCheckable(True)
-            button.setToolTip(_TIPS[mode])
-            button.clicked.connect(lambda _=False, mode=mode: self.show_as(mode))
-            self.modes.addButton(button)
-            self.buttons[mode] = button
-            row.addWidget(button)
+            self.buttons[mode] = _button(mode.capitalize(), _TIPS[mode], partial(self.show_as, mode))
+            self.buttons[mode].setCheckable(True)
+            self.modes.addButton(self.buttons[mode])
         self.swap_button = _button("Swap (S)", "Left becomes right, above becomes below", self.swap)
         self.turn_button = _button("The other (F)", "Show the other picture in the same place", self.turn)
         self.by_itself = QCheckBox("by itself, every")
@@ -120,12 +114,12 @@ class SideBySide(QWidget):
         form = QFormLayout()
         form.addRow("Real", self.real)
         form.addRow("Synthetic", self.synthetic)
-        form.addRow(row)
-        form.addRow(_row(self.swap_button, self.turn_button))
-        form.addRow(_row(self.by_itself, self.interval))
+        form.addRow(row(*self.buttons.values()))
+        form.addRow(row(self.swap_button, self.turn_button))
+        form.addRow(row(self.by_itself, self.interval))
         form.addRow(self.facts)
         form.addRow("Tiles at", self.pitch)
-        form.addRow(_row(self.compare_button, self.cancel_button))
+        form.addRow(row(self.compare_button, self.cancel_button))
         form.addRow(self.bar)
         form.addRow(self.legend)
         form.addRow(self.worst_button)
@@ -237,50 +231,38 @@ class SideBySide(QWidget):
                 self.show_as()
             else:
                 self.choose(real, synthetic)
-        self._set_running(self._worker is not None)
+        self._set_running(self.job is not None)
 
     # -- how alike they are --------------------------------------------------------------------------
 
     def compare(self, mpp: float) -> None:
         """Compare the tiles of the pair at a pitch, in a thread."""
-        from napari.qt.threading import create_worker
-
-        if self.pair is None or self._worker is not None:
+        if self.pair is None or self.job is not None:
             return
-        pair, counted = self.pair, _Counted()
+        pair = self.pair
         try:
             paths = heat.paths_of(pair.real, pair.synthetic)
         except WsiBrushError as error:
             say(str(error))
             return
         stores = heat.stores_among(self._viewer.layers, *paths, mpp)
-        pixels = (float(pair.real.scale[-1]), float(pair.synthetic.scale[-1]))
+        pixels, shift = (float(pair.real.scale[-1]), float(pair.synthetic.scale[-1])), pair.shift
 
-        def told(done: int, total: int) -> None:
-            if worker.abort_requested:
-                raise StoppedError
-            counted.told.emit(done, total)
+        def run(job: Job) -> Any:
+            return heat.compare(
+                paths, pixels, mpp, shift, stores, lambda done, total: job.tell("tiles are seen", done, total)
+            )
 
-        def run() -> Any:
-            try:
-                return heat.compare(paths, pixels, mpp, pair.shift, stores, told)
-            except StoppedError:
-                return None
-
-        worker = create_worker(run, _start_thread=False)
-        counted.told.connect(self._tell)
-        worker.returned.connect(self._compared)
-        worker.errored.connect(self._failed)
-        worker.finished.connect(self._finished)
-        self._worker = worker
-        self.legend.setText("loading the encoder ...")
         self._set_running(True)
-        worker.start()
+        self.job = start(
+            "wsi-brush compares tiles", run, told=self._told, returned=self._compared, refused=self._refused,
+            errored=self._failed, finished=self._finished,
+        )  # fmt: skip
 
     def cancel(self) -> None:
         """Stop comparing: what is being embedded is finished, nothing more."""
-        if self._worker is not None:
-            self._worker.quit()
+        if self.job is not None:
+            self.job.quit()
             self.legend.setText("cancelled")
 
     def next_worst(self) -> None:
@@ -300,16 +282,14 @@ class SideBySide(QWidget):
     def _compare_clicked(self) -> None:
         self.compare(float(self.pitch.currentData()))
 
-    def _tell(self, done: int, total: int) -> None:
-        self.bar.setRange(0, total)
-        self.bar.setValue(done)
-        self.legend.setText(f"{done} of {total} tiles seen")
+    def _told(self, what: str, done: int, total: int) -> None:
+        if self.job is not None and not self.job.abort_requested:
+            self.bar.setRange(0, total)
+            self.bar.setValue(done)
+            self.legend.setText(f"{what}: {done} of {total}" if total else what)
 
-    def _compared(self, found: Any) -> None:
-        if isinstance(found, str):
-            self.legend.setText(found)
-            say(found)
-        elif found is not None and self.pair is not None:
+    def _compared(self, found: SimilarityMap) -> None:
+        if self.pair is not None:
             self._forget_maps()
             self._busy = True
             self.pair.maps = heat.add_maps(self._viewer, found, self.pair.synthetic)
@@ -320,13 +300,15 @@ class SideBySide(QWidget):
             self.show_as()
             self.worst_button.setEnabled(True)
 
-    def _failed(self, error: Exception) -> None:
-        line = f"tiles were not compared: {type(error).__name__}: {error}"
+    def _refused(self, line: str) -> None:
         self.legend.setText(line)
         say(line)
 
+    def _failed(self, error: Exception) -> None:
+        self._refused(f"tiles were not compared: {type(error).__name__}: {error}")
+
     def _finished(self) -> None:
-        self._worker = None
+        self.job = None
         self._set_running(False)
 
     def _set_running(self, running: bool) -> None:
@@ -371,17 +353,7 @@ class SideBySide(QWidget):
         super().closeEvent(event)
 
 
-def _button(words: str, tip: str, does: Any) -> QPushButton:
-    button = QPushButton(words)
-    button.setToolTip(tip)
-    button.clicked.connect(lambda _=False: does())
-    return button
-
-
-def _row(*widgets: QWidget) -> QWidget:
-    row = QWidget()
-    layout = QHBoxLayout(row)
-    layout.setContentsMargins(0, 0, 0, 0)
-    for widget in widgets:
-        layout.addWidget(widget)
-    return row
+def _button(words: str, tip: str, does: Callable[[], None]) -> QPushButton:
+    made = button(words, tip)
+    made.clicked.connect(lambda: does())
+    return made

@@ -10,8 +10,9 @@ from magicgui.widgets import CheckBox, FileEdit, SpinBox
 
 from wsi_brush.errors import WsiBrushError
 
-from .choices import MICROMETERS, Choices
+from .choices import Choices
 from .jobs import Picture, free_name, paint
+from .layers import MICROMETRES, marked
 
 if TYPE_CHECKING:
     import napari
@@ -68,8 +69,7 @@ class Synthesize(Choices):
         place = self.placed(picture)
         layer = next(iter(self.layers_named(PREVIEW)), None)
         if layer is None:
-            about = {"wsi_brush": {"synthetic": True}, "synthetic": True}
-            self.viewer.add_image(picture.pixels, name=PREVIEW, rgb=True, units=MICROMETERS, metadata=about, **place)
+            self.viewer.add_image(picture.pixels, name=PREVIEW, rgb=True, units=MICROMETRES, metadata=marked(), **place)
             return
         layer.data = picture.pixels
         layer.scale, layer.translate = place["scale"], place["translate"]

@@ -1,4 +1,4 @@
-"""What lies under a place of the window: which slide, and where on it."""
+"""What a layer shows, and what lies under a place of the window: which slide, and where on it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,26 @@ import numpy as np
 from napari.layers import Image, Layer
 
 
-def slide_of(layer: Layer) -> Path | None:
-    """The file of an RGB slide that a layer was opened from."""
-    if not isinstance(layer, Image) or not layer.rgb or "store" in layer.metadata.get("wsi_brush", {}):
-        return None
-    path = layer.metadata.get("path") or layer.source.path
+def about_of(layer: Any) -> dict[str, Any]:
+    """What its file says of itself; nothing of files that others wrote."""
+    about = layer.metadata.get("wsi_brush")
+    return about if isinstance(about, dict) else {}
+
+
+def is_synthetic(layer: Any) -> bool:
+    """Whether what it shows says of itself that it was painted."""
+    return layer.metadata.get("synthetic") is True or about_of(layer).get("synthetic") is True
+
+
+def is_picture(layer: Any) -> bool:
+    """Whether it shows tissue: in colour, and no map of embeddings or of similarity."""
+    about = about_of(layer)
+    return isinstance(layer, Image) and layer.rgb and "store" not in about and "similarity" not in about
+
+
+def slide_of(layer: Any) -> Path | None:
+    """The file of a slide that a layer was opened from."""
+    path = (layer.metadata.get("path") or layer.source.path) if is_picture(layer) else None
     return Path(path) if path else None
 
 

@@ -1,4 +1,7 @@
-"""A job in a thread of its own: it tells, shows, can be stopped, and answers with one line where a user is wrong."""
+"""A job in a thread of its own: it tells, shows, can be stopped, and answers with one line where a user is wrong.
+
+Jobs of all widgets take turns: a painting takes every core, and torch's threads and memory are the process's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 from napari.qt.threading import create_worker
 from qtpy.QtCore import Signal  # type: ignore[attr-defined]
+from qtpy.QtWidgets import QWidget
 from superqt.utils import WorkerBase
 from superqt.utils._qthreading import WorkerBaseSignals
 
@@ -16,7 +20,7 @@ from wsi_brush.progress import StoppedError
 from .graphics import load_torch
 from .jobs import one_line
 
-_ONE_AT_A_TIME = threading.Lock()  # a painting takes every core, and torch's number of threads is the process's
+_TURN = threading.Lock()
 
 
 class Signals(WorkerBaseSignals):
@@ -53,14 +57,14 @@ class Job(WorkerBase[Any]):
     def work(self) -> Any:
         """What Qt calls."""
         try:
-            while not _ONE_AT_A_TIME.acquire(timeout=0.1):
+            while not _TURN.acquire(timeout=0.1):
                 self.tell("waiting for another painting", 0, 0)
             try:
                 self.tell("beginning", 0, 0)
                 load_torch()
                 return self._work(self)
             finally:
-                _ONE_AT_A_TIME.release()
+                _TURN.release()
         except StoppedError:
             self.stopped.emit()
         except Exception as error:
@@ -92,3 +96,19 @@ def start(what: str, work: Callable[[Job], Any], **slots: Callable[..., None]) -
     """
     job: Job = create_worker(_Named(what, work), _worker_class=Job, _connect=slots, _start_thread=True)
     return job
+
+
+class Working(QWidget):
+    """A widget that has one job under way at most, which ends with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.job: Job | None = None
+        self._gone = False
+        self.destroyed.connect(lambda: self._leave())  # a method of what is gone would not be called
+
+    def _leave(self) -> None:
+        """The widget is no more; what it runs ends."""
+        self._gone = True
+        if self.job is not None:
+            self.job.quit()

@@ -39,15 +39,15 @@ class Form:
         self.pixels = _whole(1024, 128, 16384, "Side of a new canvas, pixels")
         self.of_slide = QCheckBox("of the selected slide")
         self.of_slide.setToolTip("Begin with the embeddings of the slide around the middle of what is seen")
-        self.new = _button("New canvas")
-        self.open_canvas, self.save_canvas = _button("Open canvas"), _button("Save canvas")
+        self.new = button("New canvas")
+        self.open_canvas, self.save_canvas = button("Open canvas"), button("Save canvas")
         self.palette = QListWidget()
         self.palette.setViewMode(QListView.ViewMode.IconMode)
         self.palette.setIconSize(QSize(_ICON, _ICON))
         self.palette.setResizeMode(QListView.ResizeMode.Adjust)
         self.palette.setMinimumHeight(110)
-        self.open_palette, self.save_palette = _button("Open palette"), _button("Save palette")
-        self.pick, self.draw, self.erase = _button("Pick ink"), _button("Paint"), _button("Erase")
+        self.open_palette, self.save_palette = button("Open palette"), button("Save palette")
+        self.pick, self.draw, self.erase = button("Pick ink"), button("Paint"), button("Erase")
         self._tools = QButtonGroup(parent)
         self._tools.setExclusive(False)
         for tool in (self.pick, self.draw, self.erase):
@@ -63,15 +63,15 @@ class Form:
         self.size.setSuffix(" µm")
         self.size.setToolTip("Diameter; [ and ] change it")
         self.strength, self.softness = _slider(100), _slider(50)
-        self.undo, self.redo = _button("Undo", "Ctrl+Z"), _button("Redo", "Ctrl+Shift+Z")
+        self.undo, self.redo = button("Undo", "Ctrl+Z"), button("Redo", "Ctrl+Shift+Z")
         self.undo.setEnabled(False)
         self.redo.setEnabled(False)
         self.automatic = QCheckBox("repaint after each stroke")
         self.automatic.setChecked(True)
-        self.repaint, self.everything = _button("Repaint"), _button("Repaint all")
-        self.cancel = _button("Cancel")
+        self.repaint, self.everything = button("Repaint"), button("Repaint all")
+        self.cancel = button("Cancel")
         self.cancel.setEnabled(False)
-        self.save_slide = _button("Save as a slide")
+        self.save_slide = button("Save as a slide")
         self.bar, self.said = QProgressBar(), QLabel("")
         self.bar.setRange(0, 100)
         self.said.setWordWrap(True)
@@ -79,11 +79,11 @@ class Form:
 
     def busy(self, busy: bool) -> None:
         """What cannot be done while something is under way cannot be pressed."""
-        for button in (
+        for control in (
             self.new, self.open_canvas, self.save_canvas, self.open_palette, self.save_palette, self.repaint,
             self.everything, self.save_slide,
         ):  # fmt: skip
-            button.setEnabled(not busy)
+            control.setEnabled(not busy)
         self.cancel.setEnabled(busy)
         self.bar.setRange(0, 100)
         self.bar.setValue(0)
@@ -107,19 +107,19 @@ class Form:
         form.addRow("size", self.pixels)
         form.addRow("", self.of_slide)
         rows.addLayout(form)
-        rows.addLayout(_row(self.new, self.open_canvas, self.save_canvas))
+        rows.addLayout(row(self.new, self.open_canvas, self.save_canvas))
         rows.addWidget(QLabel("inks"))
         rows.addWidget(self.palette)
-        rows.addLayout(_row(self.open_palette, self.save_palette))
-        rows.addLayout(_row(self.pick, self.draw, self.erase))
+        rows.addLayout(row(self.open_palette, self.save_palette))
+        rows.addLayout(row(self.pick, self.draw, self.erase))
         how = QFormLayout()
         how.addRow("diameter", self.size)
         how.addRow("strength", self.strength)
         how.addRow("softness", self.softness)
         rows.addLayout(how)
-        rows.addLayout(_row(self.undo, self.redo))
+        rows.addLayout(row(self.undo, self.redo))
         rows.addWidget(self.automatic)
-        rows.addLayout(_row(self.repaint, self.everything, self.cancel))
+        rows.addLayout(row(self.repaint, self.everything, self.cancel))
         rows.addWidget(self.save_slide)
         rows.addWidget(self.bar)
         rows.addWidget(self.said)
@@ -133,17 +133,19 @@ def thumbnail_icon(pixels: NDArray[np.uint8]) -> QIcon:
     return QIcon(QPixmap.fromImage(image.copy()))
 
 
-def _button(text: str, tip: str = "") -> QPushButton:
-    button = QPushButton(text)
-    button.setToolTip(tip)
-    return button
+def button(text: str, tip: str = "") -> QPushButton:
+    """A button with words, and what it does where the mouse rests on it."""
+    made = QPushButton(text)
+    made.setToolTip(tip)
+    return made
 
 
-def _row(*widgets: QWidget) -> QHBoxLayout:
-    row = QHBoxLayout()
+def row(*widgets: QWidget) -> QHBoxLayout:
+    """Widgets beside one another."""
+    made = QHBoxLayout()
     for widget in widgets:
-        row.addWidget(widget)
-    return row
+        made.addWidget(widget)
+    return made
 
 
 def _slider(value: int) -> QSlider:
