@@ -54,8 +54,16 @@ class Job(WorkerBase[Any]):
         if not self.abort_requested:
             self.shown.emit(thing)
 
-    def work(self) -> Any:
+    def run(self) -> None:
         """What Qt calls."""
+        try:
+            super().run()
+        except RuntimeError as error:  # whoever would listen went with the window
+            if "deleted" not in str(error):
+                raise
+
+    def work(self) -> Any:
+        """What is done between the first signal and the last."""
         try:
             while not _TURN.acquire(timeout=0.1):
                 self.tell("waiting for another painting", 0, 0)
