@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MachineError, PixelSizeError, RefusedError, SlideError, UsageError, WsiBrushError
+from .machine import limit_memory
 
 SECONDS = 60.0
 """A slide that is not open by then is given up."""
@@ -201,8 +202,6 @@ def _header(answer: dict[str, Any]) -> Header:
 
 def serve() -> None:
     """Open the slides that standard input names, a line of JSON each, until it ends."""
-    import resource
-
     from . import slide  # noqa: F401  # before the clock of the first one runs
 
     with suppress(ImportError):
@@ -210,14 +209,13 @@ def serve() -> None:
         import tiffslide  # noqa: F401
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
         question = json.loads(line)
         place, _, name = question.pop("work").partition(":")
         work = getattr(importlib.import_module(place), name)
-        _limit(question.pop("memory"), Path(question["path"]))
+        limit_memory(question.pop("memory") + _bytes_of(Path(question["path"])))
         signal.setitimer(signal.ITIMER_REAL, question.pop("seconds"))  # ends this process, also inside a C library
         try:
             answer = work(**question)
@@ -253,17 +251,9 @@ def look(path: str, assume_mpp: float | None, force_mpp: float | None) -> dict[s
     return asdict(Header(slide.mpp, slide.mpp_source, slide.reader, *full, levels, slide.pixel, slide.synthetic))
 
 
-def _limit(memory: int, path: Path) -> None:
-    """So much more address space than there is in use, and room for the file."""
-    import resource
-
-    used = 0
-    with suppress(OSError, ValueError):
-        used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
-    if not used:
-        return  # a system that does not say; it would not keep to the limit either
-    with suppress(OSError):
-        used += path.stat().st_size
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = used + memory if hard == resource.RLIM_INFINITY else min(used + memory, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+def _bytes_of(path: Path) -> int:
+    """A file may be mapped, which takes addresses too."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

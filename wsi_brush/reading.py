@@ -16,7 +16,6 @@ import contextlib
 import json
 import mmap
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 
 from .errors import MachineError, SlideError
 from .grid import Grid
+from .machine import limit_memory
 from .slide import Level, Slide, open_slide
 from .tiles import WINDOW, Read, Window, read_window
 
@@ -254,7 +254,7 @@ def serve() -> None:
     told = json.loads(sys.stdin.buffer.readline())
     slide = _from_json(told["slide"])
     shared = mmap.mmap(told["file"], told["size"])
-    _limit_memory(told["memory"])
+    limit_memory(told["memory"])
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
@@ -271,18 +271,6 @@ def serve() -> None:
         signal.alarm(0)
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
-
-
-def _limit_memory(more: int) -> None:
-    """This process may have so many bytes more than it has, and leaves no core when it dies of it.
-
-    What is limited are addresses: what is held would have to be watched, and a fast eater is faster.
-    """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, ValueError):  # no Linux: there is no such limit
-        size = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize() + more
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
 
 
 def _unnamed_file(size: int) -> int:
