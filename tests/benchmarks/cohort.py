@@ -92,8 +92,7 @@ def circle(path: Path) -> None:
 
 def link_to_itself(path: Path) -> None:
     path.unlink()
-    path.mkdir()
-    (path / "loop").symlink_to(path)
+    path.symlink_to(path)
 
 
 DAMAGE = (cut, empty, text, absurd, huge_tiles, no_pixel_size, circle, link_to_itself)
