@@ -316,6 +316,21 @@ def make_brush(
     return Brush(denoiser.eval().requires_grad_(False), ladder, about)
 
 
+@pytest.fixture(scope="session")
+def tiny_brush(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny brush for the bundled encoder, on disk; no test may change it."""
+    import json
+
+    import wsi_brush
+    from wsi_brush.brush import save_brush
+
+    about = json.loads((Path(wsi_brush.__file__).parent / "weights" / "encoder.json").read_text("utf-8"))
+    made = make_brush(dim=about["dim"], tile=about["tile"], encoder="bundled", fingerprint=about["sha256"])
+    folder = tmp_path_factory.mktemp("brushes") / "tiny"
+    save_brush(made, folder)
+    return folder
+
+
 class TileStatistics:
     """An encoder without weights: mean and spread of the colours in each quarter of a tile."""
 

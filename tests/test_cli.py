@@ -152,15 +152,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Words]:
 
 
 @pytest.fixture(scope="module")
-def brush(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny brush for the bundled encoder, on disk."""
-    from wsi_brush.brush import save_brush
-
-    about = json.loads((WEIGHTS / "encoder.json").read_text("utf-8"))
-    made = make_brush(dim=about["dim"], tile=about["tile"], encoder="bundled", fingerprint=about["sha256"])
-    folder = tmp_path_factory.mktemp("brushes") / "tiny"
-    save_brush(made, folder)
-    return folder
+def brush(tiny_brush: Path) -> Path:
+    return tiny_brush
 
 
 @pytest.fixture(scope="module")

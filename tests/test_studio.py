@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -34,13 +33,8 @@ STEPS, MPP = 5, 2.0  # so that the canvas is little more than the region
 
 
 @pytest.fixture(scope="module")
-def brush(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny brush for the bundled encoder, on disk."""
-    about = json.loads((WEIGHTS / "encoder.json").read_text("utf-8"))
-    made = make_brush(dim=about["dim"], tile=about["tile"], encoder="bundled", fingerprint=about["sha256"])
-    folder = tmp_path_factory.mktemp("brushes") / "tiny"
-    save_brush(made, folder)
-    return folder
+def brush(tiny_brush: Path) -> Path:
+    return tiny_brush
 
 
 @pytest.fixture(scope="module")

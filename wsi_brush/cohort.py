@@ -209,8 +209,7 @@ def embed_claimed(
         MachineError, UsageError: what would cost every other slide too.
     """
     path, name = one.path, one.name
-    if one.mpp is not None:
-        options["assume_mpp"] = one.mpp
+    options["assume_mpp"] = one.assumed(options["assume_mpp"])
     with ledger.claim(name) as ours:
         if not ours:
             return None

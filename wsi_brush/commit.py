@@ -40,6 +40,15 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def differences(made: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """What of parameters is asked otherwise than something was made with, in words."""
+    return [
+        f"{key} was {made.get(key)}, is {asked.get(key)}"
+        for key in sorted(made.keys() | asked.keys())
+        if made.get(key) != asked.get(key)
+    ]
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished artefact, or None where there is none of ours.
 

@@ -18,6 +18,13 @@ Figure = Callable[[Vectors, Vectors], Any]  # a number, or an array of several
 _ROWS = 1024  # of a distance matrix that is held at once
 
 
+def cosine(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Of each vector of one with that of the other at its place: (..., dim), (..., dim) -> (...)."""
+    first, second = one.astype(np.float64), other.astype(np.float64)
+    lengths = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+    return np.asarray((first * second).sum(-1) / np.maximum(lengths, 1e-12))
+
+
 def frechet(real: Vectors, other: Vectors) -> float:
     """|m - m'|² + tr(C + C' - 2 (C C')^½): the Fréchet distance of two Gaussians, after Heusel et al. (2017), Eq. 6.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import __version__
 from .blocks import Blocks
-from .commit import check_target, fingerprint, read_manifest
+from .commit import check_target, differences, fingerprint, read_manifest
 from .errors import RefusedError, SlideError, UsageError
 from .grid import Grid
 from .inputs import slide_name
@@ -107,11 +107,11 @@ def embed_slide(
     drawn = None if outlines is None else find_outlines(outlines, name)
     about = _provenance(slide, path, encoder, drawn)
     run = about["parameters"] | {"version": __version__}
-    if _is_done(target, about["parameters"], overwrite=overwrite):
+    if (store := _done(target, about["parameters"], overwrite=overwrite)) is not None:
         if (target.parent / f"{WORK}{target.name}").exists():  # killed when it had only this to do
             with contextlib.suppress(RefusedError), working(target, run, overwrite=overwrite):
                 pass
-        bad = sum(one["tiles"] for one in EmbeddingStore.open(target).about.get("damaged", {}).values())
+        bad = sum(one["tiles"] for one in store.about.get("damaged", {}).values())
         if bad and strict:
             raise SlideError(f"{path}: {_bad_tiles(bad)} when {target} was made; remove it, or leave out --strict")
         return SlideReport(
@@ -219,24 +219,20 @@ def _provenance(slide: Slide, path: Path, encoder: TileEncoder, drawn: Path | No
     }
 
 
-def _is_done(target: Path, parameters: dict[str, Any], *, overwrite: bool) -> bool:
-    """Whether the store is there and whole, made from the same slide with the same parameters."""
+def _done(target: Path, parameters: dict[str, Any], *, overwrite: bool) -> EmbeddingStore | None:
+    """The store, if it is there and whole, made from the same slide with the same parameters."""
     manifest = read_manifest(target) if target.is_dir() else None
     if manifest is None or manifest.get("kind") != KIND:
-        return False
+        return None
     try:
-        made = EmbeddingStore.open(target).about.get("parameters", {})
+        store = EmbeddingStore.open(target)
     except RefusedError:
         if overwrite:
-            return False
+            return None
         raise
-    differences = [
-        f"{key} was {made.get(key)}, is {parameters.get(key)}"
-        for key in sorted(made.keys() | parameters.keys())
-        if made.get(key) != parameters.get(key)
-    ]
-    if differences and not overwrite:
+    changed = differences(store.about.get("parameters", {}), parameters)
+    if changed and not overwrite:
         raise RefusedError(
-            f"{target}: made otherwise ({'; '.join(differences)}); choose another output or pass --overwrite"
+            f"{target}: made otherwise ({'; '.join(changed)}); choose another output or pass --overwrite"
         )
-    return not differences
+    return None if changed else store

@@ -55,6 +55,11 @@ class Grid:
         """(top, left, bottom, right) of the covered rectangle, µm."""
         return self.top * self.mpp, self.left * self.mpp, self.bottom * self.mpp, self.right * self.mpp
 
+    def whole_cells(self, side: float) -> Grid:
+        """The squares of `side` µm that lie whole inside, counted from its corner."""
+        height, width = (math.floor(length * self.mpp / side + 1e-6) for length in self.shape)
+        return Grid(side, 0, 0, height, width)
+
     def centres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Pixel centres, µm: rows (height,) and columns (width,)."""
         rows = (np.arange(self.top, self.bottom, dtype=np.float64) + 0.5) * self.mpp

@@ -43,6 +43,10 @@ class Input:
     name: str
     mpp: float | None = None
 
+    def assumed(self, mpp: float | None) -> float | None:
+        """The pixel size for a header without one: the table's, or where it says none, `mpp`."""
+        return mpp if self.mpp is None else self.mpp
+
 
 def find_inputs(words: Iterable[Path | str]) -> list[Input]:
     """The slides meant by files, folders, patterns that no shell has expanded, and tables (.csv); each once.

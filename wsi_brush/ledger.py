@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .commit import fingerprint, full_disk_said, write_json
+from .commit import differences, fingerprint, full_disk_said, write_json
 from .errors import MachineError, RefusedError
 
 FOLDER = ".wsi-brush-cohort"
@@ -94,17 +94,12 @@ class Ledger:
                 f"{self.out}: has a {TABLE} or {LOG} that wsi-brush did not write; choose another output"
             )
         made = (before or {}).get("parameters", {})
-        differences = [
-            f"{key} was {made.get(key)}, is {self._parameters.get(key)}"
-            for key in sorted(made.keys() | self._parameters.keys())
-            if made.get(key) != self._parameters.get(key)
-        ]
-        if before is not None and differences and not overwrite:
+        changed = differences(made, self._parameters)
+        if before is not None and changed and not overwrite:
             raise RefusedError(
-                f"{self.out}: a cohort made otherwise ({'; '.join(differences)}); choose another output or pass "
-                "--overwrite"
+                f"{self.out}: a cohort made otherwise ({'; '.join(changed)}); choose another output or pass --overwrite"
             )
-        same = before is not None and not differences
+        same = before is not None and not changed
         self._started = before["started"] if before is not None and same else _time()
         if not same:
             write_json(path, self._manifest([], ended=None))

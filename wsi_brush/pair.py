@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .brush import Brush
+from .distances import cosine
 from .embed import COVER
 from .encoder import Encoder
 from .errors import MachineError, RefusedError
@@ -38,13 +39,13 @@ def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder
     many, over 64 that are spread evenly. NaN where there is none, and at pitches finer than the painting's, of which it
     has nothing to show.
     """
-    cells = _whole_cells(canvas, PITCH)
+    cells = canvas.whole_cells(PITCH)
     tissue = Tissue.everywhere(cells)
     if not brush.everywhere:
         tissue = Tissue(tissue_mask(read_reference(slide, canvas, cells), PITCH), cells)
     found = {}
     for mpp in brush.pitches:
-        lattice = _whole_cells(canvas, encoder.tile * mpp)
+        lattice = canvas.whole_cells(encoder.tile * mpp)
         seen = tissue.cover(lattice) >= COVER if mpp > 0.99 * canvas.mpp else np.zeros(lattice.shape, np.bool_)
         corners = np.argwhere(seen) * encoder.tile
         corners = corners[np.linspace(0, len(corners) - 1, min(len(corners), _COMPARED)).round().astype(int)]
@@ -54,21 +55,8 @@ def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder
         grids = [Grid(mpp, int(y), int(x), encoder.tile, encoder.tile) for y, x in corners]
         real = encoder(np.stack([read_reference(slide, canvas, grid) for grid in grids]))
         ours = encoder(np.stack([painted.read(grid) for grid in grids]))
-        found[mpp] = float(_cosine(brush.standardised(mpp, real), brush.standardised(mpp, ours)).mean())
+        found[mpp] = float(cosine(brush.standardised(mpp, real), brush.standardised(mpp, ours)).mean())
     return found
-
-
-def _whole_cells(canvas: Grid, side: float) -> Grid:
-    """The cells of `side` µm that lie whole inside the canvas, counted from its corner."""
-    height, width = (math.floor(length * canvas.mpp / side + 1e-6) for length in canvas.shape)
-    return Grid(side, 0, 0, height, width)
-
-
-def _cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Of each row of one with the same row of the other: (n, dim), (n, dim) -> (n,)."""
-    pair = one.astype(np.float64), other.astype(np.float64)
-    lengths = np.linalg.norm(pair[0], axis=1) * np.linalg.norm(pair[1], axis=1)
-    return np.asarray((pair[0] * pair[1]).sum(1) / np.maximum(lengths, 1e-12))
 
 
 def write_pair(path: Path, slide: Slide, painted: Slide, canvas: Grid, *, side: int = 1024) -> None:

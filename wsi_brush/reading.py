@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from .errors import MachineError, SlideError
 from .grid import Grid
-from .machine import limit_memory
+from .machine import limit_memory, shown_cores
 from .slide import Level, Slide, open_slide
 from .tiles import WINDOW, Read, Window, read_window
 
@@ -49,8 +49,7 @@ COMMAND = (sys.executable, "-c", _START)
 
 def default_count(*, gpu: bool) -> int:
     """How many readers serve an encoder here: one keeps up with any that shares the processor's cores with it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores - 1)) if gpu else 1
+    return min(8, max(1, shown_cores() - 1)) if gpu else 1
 
 
 class Readers:
@@ -60,7 +59,7 @@ class Readers:
     def __init__(
         self, slide: Slide, count: int = 0, *, tile: int = 0, seconds: int = SECONDS, memory: int = MEMORY
     ) -> None:
-        if count and slide.reader == "image":
+        if slide.reader == "image":
             count = min(count, 1)  # each would decode the whole picture
         self._slide, deaths = slide, [DEATHS]
         self._readers = [_Reader(slide, tile, seconds, memory, deaths) for _ in range(count)]

@@ -81,7 +81,7 @@ def open_all(
             continue
         for one in find_inputs([path]):
             force = None if force_mpp is None or painted_after(one.path) else force_mpp
-            found.append(open_slide(one.path, assume_mpp=one.mpp or assume_mpp, force_mpp=force))
+            found.append(open_slide(one.path, assume_mpp=one.assumed(assume_mpp), force_mpp=force))
     return found
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .distances import cosine
 from .embed import TileEncoder, embed_region
 from .errors import UsageError
 from .grid import Grid
-from .slide import Slide
+from .slide import Slide, moved
 from .store import EmbeddingMap, EmbeddingStore
 from .tissue import PITCH, Tissue, tissue_mask
 
@@ -49,18 +50,6 @@ class SimilarityMap:
         return float(rows[cell[0]]), float(columns[cell[1]])
 
 
-@dataclass(frozen=True)
-class _Moved(Slide):
-    """A slide whose plane begins `down` and `right` µm farther, to the nearest pixel of what is read."""
-
-    down: float = 0.0
-    right: float = 0.0
-
-    def read(self, grid: Grid) -> NDArray[np.uint8]:
-        top, left = (round(shift / grid.mpp) for shift in (self.down, self.right))
-        return super().read(replace(grid, top=grid.top + top, left=grid.left + left))
-
-
 def compare_slides(
     real: Slide,
     synthetic: Slide,
@@ -88,10 +77,10 @@ def compare_slides(
         raise UsageError(
             f"{synthetic.path}: pixels of {synthetic.mpp:g} µm show nothing at {mpp:g} µm; take a coarser pitch"
         )
-    lattice = whole_tiles(synthetic, encoder.tile * mpp)
+    lattice = synthetic.grid.whole_cells(encoder.tile * mpp)
     if not (lattice.height and lattice.width):
         raise UsageError(f"{synthetic.path}: smaller than a tile of {lattice.mpp:g} µm; take a finer pitch")
-    placed = _Moved(**{one.name: getattr(real, one.name) for one in fields(Slide)}, down=down, right=right)
+    placed = moved(real, down, right)
     tissue = _tissue(placed, lattice.at(PITCH), brush)
     maps, done = [], 0
     for slide in (placed, synthetic):
@@ -129,19 +118,12 @@ def compare_maps(real: EmbeddingMap, synthetic: EmbeddingMap, *, brush: Brush) -
     """The cosine of the standardised embeddings of every cell of the second that both have; lattices of one pitch."""
     common = synthetic.lattice.clip(real.lattice)
     one, other = (
-        brush.standardised(each.mpp, each.values[common.within(each.lattice)].astype(np.float32)).astype(np.float64)
+        brush.standardised(each.mpp, each.values[common.within(each.lattice)].astype(np.float32))
         for each in (real, synthetic)
     )
-    lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
     values = np.full(synthetic.lattice.shape, np.nan, np.float32)
-    values[common.within(synthetic.lattice)] = (one * other).sum(-1) / np.maximum(lengths, 1e-12)
+    values[common.within(synthetic.lattice)] = cosine(one, other)
     return SimilarityMap(synthetic.mpp, synthetic.lattice, values)
-
-
-def whole_tiles(slide: Slide, side: float) -> Grid:
-    """The tiles of `side` µm that lie whole inside a slide, counted from its corner."""
-    height, width = (math.floor(length * slide.grid.mpp / side + 1e-6) for length in slide.grid.shape)
-    return Grid(side, 0, 0, height, width)
 
 
 def _tissue(slide: Slide, cells: Grid, brush: Brush) -> Tissue:

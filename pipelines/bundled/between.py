@@ -11,7 +11,7 @@ and where on the way the painted tiles are.
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from wsi_brush.errors import RefusedError, UsageError, WsiBrushError
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory
 from wsi_brush.paint import paint_canvas
-from wsi_brush.slide import Slide, open_slide
+from wsi_brush.slide import Slide, moved, open_slide
 from wsi_brush.stages import Painting, whole
 from wsi_brush.store import EmbeddingMap
 from wsi_brush.stream import read_plane
@@ -43,33 +43,7 @@ NEAR = 32  # columns on either side that one is compared with
 HEAD = 24
 
 
-@dataclass(frozen=True)
-class Moved:
-    """A slide seen from another corner, which is a pixel of every pitch: there, row 0 and column 0 are."""
-
-    slide: Slide
-    corner: tuple[float, float]
-    """µm."""
-
-    @property
-    def path(self) -> Path:
-        return self.slide.path
-
-    @property
-    def mpp(self) -> float:
-        return self.slide.mpp
-
-    def read(self, grid: Grid) -> NDArray[np.uint8]:
-        """As `Slide.read`."""
-        return self.slide.read(self.there(grid))
-
-    def there(self, grid: Grid) -> Grid:
-        """The same pixels, counted from the slide's own corner."""
-        top, left = (round(edge / grid.mpp) for edge in self.corner)
-        return replace(grid, top=grid.top + top, left=grid.left + left)
-
-
-def reference(word: str, painting: Painting, brush: Brush) -> tuple[Moved, Tissue]:
+def reference(word: str, painting: Painting, brush: Brush) -> tuple[Slide, Tissue]:
     """A slide, as SLIDE or SLIDE@MPP, seen from the corner of its square with the most tissue."""
     path, at, mpp = word.rpartition("@")
     try:
@@ -80,7 +54,7 @@ def reference(word: str, painting: Painting, brush: Brush) -> tuple[Moved, Tissu
     canvas = choose_canvas(slide, painting, tissue)
     cells, corner = tissue.grid, canvas.extent[:2]
     top, left = (round(edge / cells.mpp) for edge in corner)
-    return Moved(slide, corner), Tissue(tissue.mask, replace(cells, top=cells.top - top, left=cells.left - left))
+    return moved(slide, *corner), Tissue(tissue.mask, replace(cells, top=cells.top - top, left=cells.left - left))
 
 
 def between(

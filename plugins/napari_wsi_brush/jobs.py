@@ -279,13 +279,16 @@ def shown(canvas: Grid, look: Callable[[Picture], None]) -> Show:
 
 def picture_of(canvas: Grid, pitch: float, plane: Plane, *, most: int = LARGEST) -> Picture:
     """What `plane` (3, rows, columns; about [-1, 1]; at least the canvas, at `pitch`) shows of the canvas."""
+    import torch
+
+    from wsi_brush.synthesize import as_pixels
+
     height, width = (math.ceil(side * canvas.mpp / pitch - 1e-6) for side in canvas.shape)
     every = -(-max(height, width) // most)
-    values = np.asarray(plane[:, :height:every, :width:every], dtype=np.float32)
-    pixels = np.clip(np.rint((values + 1) * 127.5), 0, 255).astype(np.uint8)
+    values = np.array(plane[:, :height:every, :width:every], dtype=np.float32)
     shift = (pitch - canvas.mpp) / 2  # the middle of a coarse pixel is not that of its first fine one
     corner = (canvas.top * canvas.mpp + shift, canvas.left * canvas.mpp + shift)
-    return Picture(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), pitch * every, corner)
+    return Picture(as_pixels(torch.from_numpy(values)), pitch * every, corner)
 
 
 def one_line(error: Exception) -> str | None:

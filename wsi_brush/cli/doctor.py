@@ -51,8 +51,7 @@ def doctor(
                 part.append(finding)
                 show(finding)
         for one in inputs:
-            mpp = assume_mpp if one.mpp is None else one.mpp
-            examined.append(check_slide(one.path, assume_mpp=mpp, force_mpp=force_mpp))
+            examined.append(check_slide(one.path, assume_mpp=one.assumed(assume_mpp), force_mpp=force_mpp))
             for finding in examined[-1].findings:
                 show(finding)
         cohort = check_cohort(examined, free_disk(out)) if len(examined) > 1 else None

@@ -32,7 +32,7 @@ def plan_embedding(
 
     slides, failed, tiles = cohort_of(paths, outlines, shard), [], 0
     for one in slides:
-        mpp = assume_mpp if one.mpp is None else one.mpp
+        mpp = one.assumed(assume_mpp)
         try:
             probe(one.path, assume_mpp=mpp, force_mpp=force_mpp)
             slide = open_slide(one.path, assume_mpp=mpp, force_mpp=force_mpp)

@@ -5,10 +5,10 @@ pixelsize     how large a pixel is, and who says so
 tiff          whether a TIFF is whole, and what its first page holds
 readers       OpenSlide, TiffSlide, OME-Zarr, plain images: pixels of a level
 dicom         DICOM: which files are one slide, and the pixels of their levels
-slide         Slide, open_slide
+slide         Slide, open_slide, moved
 """
 
 from .readers import Level
-from .slide import Slide, open_slide
+from .slide import Slide, moved, open_slide
 
-__all__ = ["Level", "Slide", "open_slide"]
+__all__ = ["Level", "Slide", "moved", "open_slide"]

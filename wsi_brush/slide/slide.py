@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,24 @@ class Slide:
                 handle.reader = None
             place = f"rows {top}-{top + height}, columns {left}-{left + width} of level {level.number}"
             raise SlideError(f"{self.path}: {place} cannot be read ({error})") from None
+
+
+@dataclass(frozen=True)
+class _Moved(Slide):
+    """See `moved`."""
+
+    down: float = 0.0
+    right: float = 0.0
+
+    def read(self, grid: Grid) -> NDArray[np.uint8]:
+        top, left = (round(shift / grid.mpp) for shift in (self.down, self.right))
+        return super().read(replace(grid, top=grid.top + top, left=grid.left + left))
+
+
+def moved(slide: Slide, down: float, right: float) -> Slide:
+    """The slide with a plane that begins `down` and `right` µm farther, to the nearest pixel of what is read. It is for
+    this process: `reading` opens the file anew elsewhere."""
+    return _Moved(**{one.name: getattr(slide, one.name) for one in fields(Slide)}, down=down, right=right)
 
 
 def open_slide(path: str | Path, *, assume_mpp: float | None = None, force_mpp: float | None = None) -> Slide:
