@@ -175,6 +175,7 @@ class DicomReader:
             "dicom pixel spacing", 1000 * float(spacing.width), 1000 * float(spacing.height)
         )
         self.synthetic = False  # no painting is written so
+        self.plain = False
 
     def read(self, level: Level, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
         number = self._numbers[level.number]

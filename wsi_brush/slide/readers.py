@@ -47,6 +47,8 @@ class Reader(Protocol):
     sizes: list[PixelSize]
     synthetic: bool
     """Whether the file says of itself that it was painted."""
+    plain: bool
+    """Whether every level is a page of a TIFF as it stands there."""
 
     def __init__(self, path: Path) -> None: ...
 
@@ -103,6 +105,7 @@ class OpenSlideReader:
         self.levels = tuple(level for level in self.all_levels if self._factors[level.number].is_integer())
         about = self._slide.properties
         self.sizes: list[PixelSize] = []
+        self.plain = about.get("openslide.vendor") in ("generic-tiff", "aperio")
         if about.get("openslide.vendor") != "generic-tiff":  # there it is the resolution, even one for print
             self.sizes += from_properties("openslide.mpp-x", about.get("openslide.mpp-x"), about.get("openslide.mpp-y"))
         self.sizes += from_resolution(about) + from_ome_xml(about.get("tiff.ImageDescription"))
@@ -150,6 +153,7 @@ class TiffSlideReader:
             raise UnreadableError(f"{found}; expected RGB of 8 bits")
         self.levels = levels_from([shape[1:] if self._planar else shape[:2] for shape in shapes])
         self.sizes: list[PixelSize] = []
+        self.plain = about.get("tiffslide.vendor") in (None, "generic-tiff", "aperio") and not self._planar
         if about.get("tiffslide.vendor") not in (None, "generic-tiff"):
             self.sizes += from_properties("tiffslide.mpp-x", about["tiffslide.mpp-x"], about["tiffslide.mpp-y"])
         self.sizes += from_resolution(about) + from_ome_xml(xml)
@@ -177,6 +181,7 @@ class OmeZarrReader:
     """OME-Zarr 0.4 and 0.5: an RGB image of 8 bits as multiscales."""
 
     name: ClassVar[str] = "ome-zarr"
+    plain = False
 
     def __init__(self, path: Path) -> None:
         import zarr
@@ -227,6 +232,7 @@ class ImageReader:
     """A plain image: PNG, JPEG, or a TIFF that no slide library takes. Its dots per inch are for print."""
 
     name: ClassVar[str] = "image"
+    plain = False
 
     def __init__(self, path: Path) -> None:
         from PIL import Image

@@ -76,9 +76,11 @@ def resample(source: Source, shape: tuple[int, int], ratios: tuple[float, float]
     `ratios` are the window's pitch in source pixels, vertical and horizontal. Memory beyond the result
     is bounded by `STRIP` source pixels, or by those below a single output pixel if they are more.
     """
-    out = np.full((*window.shape, 3), 255, np.uint8)
     rows = find_taps(window.top, window.height, shape[0], ratios[0])
     columns = find_taps(window.left, window.width, shape[1], ratios[1])
+    out = np.empty((*window.shape, 3), np.uint8)
+    if (len(rows), len(columns)) != window.shape:
+        out[:] = 255
     for across, down in _strips(rows, columns, ratios):
         top, bottom = across.span
         left, right = down.span

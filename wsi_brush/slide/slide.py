@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..errors import SlideError
 from ..grid import Grid
 from . import dicom, tiff
+from .jpeg import JpegDecoder
 from .pixelsize import PixelSize, choose
 from .readers import (
     ImageReader,
@@ -37,7 +38,7 @@ COARSER = 0.98  # a level up to 2 % coarser than asked for will do: interpolatin
 class _Handle(threading.local):
     """The open reader of one slide in this thread of this process; a copy sent elsewhere is empty."""
 
-    reader: Reader | None = None
+    reader: JpegDecoder | None = None
     process: int = 0
 
     def __reduce__(self) -> tuple[type[_Handle], tuple[()]]:
@@ -96,7 +97,8 @@ class Slide:
         handle = self._handle
         try:
             if handle.reader is None or handle.process != os.getpid():
-                handle.reader, handle.process = READERS[self.reader](self.path), os.getpid()
+                reader = READERS[self.reader](self.path)
+                handle.reader, handle.process = JpegDecoder(reader, self.path), os.getpid()
             return handle.reader.read(level, top, left, height, width)
         except UnreadableError as error:
             if handle.reader is not None:  # OpenSlide answers every later read with the same error
