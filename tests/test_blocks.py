@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wsi_brush import blocks
 from wsi_brush.blocks import Blocks
 
 ROWS = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float16)
@@ -14,10 +15,10 @@ ROWS[3] = np.nan
 
 
 def keep(folder: Path, counts: tuple[int, ...] = (4, 3, 5)) -> list[Path]:
-    blocks, start = Blocks(folder, 5, seconds=0), 0
-    assert blocks.load() == []
+    kept, start = Blocks(folder, 5, seconds=0), 0
+    assert kept.load() == []
     for count in counts:
-        blocks.add(ROWS[start : start + count])
+        kept.add(ROWS[start : start + count])
         start += count
     return sorted(folder.iterdir())
 
@@ -43,9 +44,9 @@ def test_damage_costs_what_follows_it(tmp_path: Path, victim: int, how: str) -> 
     kept = (0, 4, 7)[victim]
     assert back(tmp_path).tobytes() == ROWS[:kept].tobytes()
     assert len(list(tmp_path.iterdir())) == victim
-    blocks = Blocks(tmp_path, 5, seconds=0)
-    blocks.load()
-    blocks.add(ROWS[kept:])
+    again = Blocks(tmp_path, 5, seconds=0)
+    again.load()
+    again.add(ROWS[kept:])
     assert back(tmp_path).tobytes() == ROWS.tobytes()
 
 
@@ -56,8 +57,17 @@ def test_half_a_file_is_none(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_many_rows_do_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BYTES", 6 * 5 * 2)
+    kept = Blocks(tmp_path, 5)
+    kept.add(ROWS[:4])
+    assert not list(tmp_path.iterdir())
+    kept.add(ROWS[4:])
+    assert back(tmp_path).tobytes() == ROWS.tobytes()
+
+
 def test_short_work_writes_nothing(tmp_path: Path) -> None:
-    blocks = Blocks(tmp_path, 5)
-    blocks.load()
-    blocks.add(ROWS)
+    kept = Blocks(tmp_path, 5)
+    kept.load()
+    kept.add(ROWS)
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from wsi_brush import tissue
 from wsi_brush.grid import Grid
 from wsi_brush.slide import open_slide
 from wsi_brush.tissue import PITCH, Tissue, find_tissue, tissue_mask
@@ -41,6 +43,41 @@ def picture(
     rgb[:] = PAPER
     rgb[patch, patch] = colour
     return (rgb + np.random.default_rng(0).integers(-noise, noise + 1, rgb.shape)).clip(0, 255).astype(np.uint8)
+
+
+def blots(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+    """Stains, pens and paper in spots of all sizes, and some specks."""
+    from scipy.ndimage import gaussian_filter
+
+    random = np.random.default_rng(seed)
+    rgb = np.full((height, width, 3), PAPER, np.uint8)
+    for colour in (*TISSUES.values(), *INKS.values(), PAPER):
+        field = gaussian_filter(random.normal(size=(height, width)), random.choice([0.6, 2, 5]))
+        rgb[field > np.quantile(field, random.uniform(0.7, 0.95))] = colour
+    return rgb
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(340, 900), st.integers(1, 60), st.integers(0, 2**32 - 1))
+def test_a_mask_is_the_same_in_strips_and_whole(height: int, width: int, seed: int) -> None:
+    rgb = blots(height, width, seed)
+    whole = tissue_mask(rgb, PITCH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tissue, "_CELLS", 1)
+        assert len(list(tissue._strips((height, width), 313))) > 1
+        assert np.array_equal(tissue_mask(rgb, PITCH), whole)
+
+
+def test_the_memory_for_a_mask_does_not_grow_with_the_picture_as_colours_do() -> None:
+    rgb = blots(512, 512, 0)
+    peaks = []
+    for repeats in (1, 16):
+        tall = np.tile(rgb, (repeats, 1, 1))
+        tracemalloc.start()
+        tissue_mask(tall, PITCH)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 12 * 15 * 512 * 512  # bytes a cell: masks, and the numbers of their parts
 
 
 @pytest.mark.parametrize("stain", TISSUES)

@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 
 SECONDS = 20.0
 """Of work that a killed run may lose."""
+BYTES = 2 << 20
+"""Of rows that wait in memory to be written, however few seconds they took."""
 
 
 class Blocks:
-    """The rows in `folder`, of `dim` numbers each; new ones are written every `seconds`."""
+    """The rows in `folder`, of `dim` numbers each; new ones are written every `seconds`, or `BYTES`."""
 
     def __init__(self, folder: Path, dim: int, *, seconds: float | None = None) -> None:
         self._folder, self._dim = folder, dim
@@ -48,7 +50,8 @@ class Blocks:
     def add(self, rows: NDArray[np.float16]) -> None:
         """Rows that follow those that are there."""
         self._waiting.append(rows)
-        if time.monotonic() - self._written >= self._seconds:
+        waiting = sum(one.nbytes for one in self._waiting)
+        if time.monotonic() - self._written >= self._seconds or waiting >= BYTES:
             self._write(np.concatenate(self._waiting))
             self._waiting, self._written = [], time.monotonic()
 

@@ -20,6 +20,7 @@ from .commit import check_target, differences, fingerprint, read_manifest
 from .errors import RefusedError, SlideError, UsageError
 from .grid import Grid
 from .inputs import slide_name
+from .machine import release_memory
 from .outlines import find_outlines, outlines_digest, read_outlines
 from .reading import Readers
 from .regions import COVER as COVER
@@ -121,6 +122,7 @@ def embed_slide(
     check_target(target, kind=KIND, overwrite=overwrite)
     with working(target, run, overwrite=overwrite) as work, Readers(slide, workers, tile=encoder.tile) as readers:
         tissue = readable_tissue(slide, readers) if drawn is None else read_outlines(drawn, slide)
+        release_memory()  # of the slide's picture: the maps need as much
         maps, damage = embed_lattices(
             slide, slide.grid, tissue, readers, encoder, PITCHES, strict=strict, progress=progress,
             blocks=Blocks(work.folder, encoder.dim),

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,8 +230,9 @@ def write_array(group: zarr.Group, name: str, values: NDArray[Any], attributes: 
         attributes=attributes,
         config={"write_empty_chunks": True},
     )
-    if values.size:
-        array[...] = values
+    for corner in product(*(range(0, size, step) for size, step in zip(values.shape, array.chunks, strict=True))):
+        part = tuple(slice(first, first + step) for first, step in zip(corner, array.chunks, strict=True))
+        array[part] = values[part]  # one at a time: ten are copied and compressed at once otherwise
 
 
 def _whole(array: zarr.Array[Any], path: Path) -> NDArray[Any]:

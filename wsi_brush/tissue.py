@@ -10,7 +10,9 @@ Only marks at least 24 µm wide count as ink: a few blood cells or a speck of pi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +35,7 @@ _INK_WIDTH, _INK_HALO = 24.0, 8.0  # µm: the narrowest pen mark, and how far it
 _FAINT = 0.03  # the most that counts of it
 _GRAIN = 256.0  # µm²: what is smaller, by itself, is noise or a grain
 _GAP, _HOLE, _SPECK = 24.0, 20_000.0, 2_500.0  # µm, µm², µm²: gaps closed, holes (fat, lumina) filled, dust dropped
+_CELLS = 1 << 19  # looked at at once: up to 100 bytes each while colours are judged
 _WINDOW = 128  # cells a side read at once: at most 4096 px of a slide of 0.25 µm, also where it has one level only
 
 
@@ -62,10 +65,17 @@ class Tissue:
 
         Nothing outside the mask is tissue. The lattice may have any pitch and place.
         """
-        rows = _overlap(lattice.top, lattice.height, lattice.mpp, self.grid.top, self.grid.height, self.grid.mpp)
-        columns = _overlap(lattice.left, lattice.width, lattice.mpp, self.grid.left, self.grid.width, self.grid.mpp)
-        area = rows @ self.mask.astype(np.float64) @ columns.T
-        return np.clip(area / lattice.mpp**2, 0, 1).astype(np.float32)
+        ends = np.arange(self.grid.left, self.grid.right + 1) * self.grid.mpp
+        wanted = np.arange(lattice.left, lattice.right + 1) * lattice.mpp
+        cover = np.zeros(lattice.shape, np.float32)
+        for row in range(lattice.height):
+            one = replace(lattice, top=lattice.top + row, height=1)
+            below = one.at(self.grid.mpp).pad(1).clip(self.grid)
+            share = _overlap(one.top, one.mpp, below.top, below.height, below.mpp)
+            depth = share @ self.mask[below.top - self.grid.top :][: below.height]  # µm of tissue below each column
+            area = np.interp(wanted, ends, np.cumsum([0.0, *(depth * self.grid.mpp)]))
+            cover[row] = np.clip(np.diff(area) / lattice.mpp**2, 0, 1)
+        return cover
 
 
 def find_tissue(slide: Slide, *, mpp: float = PITCH) -> Tissue:
@@ -79,22 +89,23 @@ def find_tissue(slide: Slide, *, mpp: float = PITCH) -> Tissue:
 
 def tissue_mask(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.bool_]:
     """Which pixels of a picture (height, width, 3) of `mpp` µm a pixel, around 8, are tissue: (height, width)."""
-    from skimage.morphology import remove_small_objects
-    from skimage.segmentation import clear_border
-
     if rgb.size == 0:
         return np.zeros(rgb.shape[:2], np.bool_)
-    stained, ink = _judge(rgb, mpp)
+    height, width, _ = rgb.shape
+    stained, ink = (np.empty((height, width), np.bool_) for _ in range(2))
+    for seen, kept, inner in _strips((height, width), _reach((_THREAD_WIDTH + 4 * PITCH) / mpp)):
+        stained[kept], ink[kept] = (mask[inner] for mask in _judge(rgb[seen], mpp))
     ink = _grown(_wide(ink, _INK_WIDTH / mpp), _INK_HALO / mpp)
     # A picture of a few cells is not dust: there the limits are an eighth of the picture.
     grain, speck = (int(min(area / mpp**2, stained.size / 8)) for area in (_GRAIN, _SPECK))
-    mask = remove_small_objects(stained & ~ink, max_size=grain, connectivity=2)
+    mask = _larger(stained & ~ink, grain, connectivity=2)
     mask = ~_grown(~_grown(mask, _GAP / mpp), _GAP / mpp)
-    mask = remove_small_objects(mask & ~ink, max_size=speck)
+    mask = _larger(mask & ~ink, speck)
     # What reaches the border of the picture is no hole: its end is not seen.
-    inner = clear_border(~mask)  # type: ignore[no-untyped-call]
-    holes = inner & ~remove_small_objects(inner, max_size=int(_HOLE / mpp**2))
-    return np.asarray((mask | holes) & ~ink, np.bool_)
+    enclosed = ~mask
+    enclosed &= ~_holding(enclosed, _border(mask.shape))
+    mask |= enclosed & ~_larger(enclosed, int(_HOLE / mpp**2))
+    return mask & ~ink
 
 
 def _judge(rgb: NDArray[np.uint8], mpp: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -129,26 +140,65 @@ def _threads(density: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
 
 def _wide(mask: NDArray[np.bool_], width: float) -> NDArray[np.bool_]:
     """The parts of a mask at least `width` pixels wide, whole; the border of the picture cuts nothing off."""
-    from skimage.morphology import reconstruction
+    return _holding(mask, ~_grown(~mask, width / 2)) if mask.any() else mask
 
-    core = ~_grown(~mask, width / 2)
-    whole = reconstruction(core.astype(np.uint8), mask.astype(np.uint8))  # type: ignore[no-untyped-call]
-    return np.asarray(whole > 0, np.bool_)
+
+def _holding(mask: NDArray[np.bool_], seeds: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The connected parts of a mask that hold one of the seeds or more, whole; corners connect."""
+    from scipy.ndimage import label
+
+    parts = label(mask, np.ones((3, 3)))[0]
+    held = np.zeros(int(parts.max()) + 1, np.bool_)
+    held[parts[seeds & mask]] = True
+    return np.stack([held[row] for row in parts])
+
+
+def _border(shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """The outermost cells of a picture."""
+    border = np.ones(shape, np.bool_)
+    border[1:-1, 1:-1] = False
+    return border
 
 
 def _grown(mask: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
     """A mask and all within `radius` pixels of it. (Of an empty one, scikit-image's own would grow a corner.)"""
     from skimage.morphology import isotropic_dilation
 
-    if not mask.any():
-        return mask
-    return np.asarray(isotropic_dilation(mask, radius), np.bool_)  # type: ignore[no-untyped-call]
+    grown = mask.copy()
+    for seen, kept, inner in _strips(mask.shape, _reach(radius)):
+        if mask[seen].any():
+            grown[kept] = isotropic_dilation(mask[seen], radius)[inner]  # type: ignore[no-untyped-call]
+    return grown
 
 
-def _overlap(first: int, count: int, pitch: float, other: int, others: int, other_pitch: float) -> NDArray[np.float64]:
-    """How many µm cell i of one axis shares with cell j of another: (count, others)."""
-    low, high = np.arange(first, first + count) * pitch, np.arange(first + 1, first + count + 1) * pitch
-    other_low = np.arange(other, other + others) * other_pitch
-    other_high = np.arange(other + 1, other + others + 1) * other_pitch
-    shared: NDArray[np.float64] = np.minimum(high[:, None], other_high) - np.maximum(low[:, None], other_low)
+def _larger(mask: NDArray[np.bool_], size: int, *, connectivity: int = 1) -> NDArray[np.bool_]:
+    """The connected parts of a mask of more than `size` pixels. What is larger is so within as many rows, wherever a
+    strip cuts it."""
+    from skimage.morphology import remove_small_objects
+
+    larger = np.empty_like(mask)
+    for seen, kept, inner in _strips(mask.shape, size + 1):
+        larger[kept] = remove_small_objects(mask[seen], max_size=size, connectivity=connectivity)[inner]
+    return larger
+
+
+def _strips(shape: tuple[int, int], margin: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of a picture for work that looks `margin` rows around: the rows to look at, about `_CELLS` of them, those to
+    keep, and where they stand in the former. So a large picture takes no more memory than what is kept of it."""
+    height, width = shape
+    step = max(margin, _CELLS // width - 2 * margin)
+    for top in range(0, height, step):
+        bottom, first = min(top + step, height), max(0, top - margin)
+        yield slice(first, bottom + margin), slice(top, bottom), slice(top - first, bottom - first)
+
+
+def _reach(cells: float) -> int:
+    """Whole cells for so much of one, and one more."""
+    return math.ceil(cells) + 1
+
+
+def _overlap(row: int, pitch: float, first: int, count: int, other_pitch: float) -> NDArray[np.float64]:
+    """How many µm a row of one pitch shares with each of `count` rows of another, from the `first` on."""
+    low = np.arange(first, first + count) * other_pitch
+    shared: NDArray[np.float64] = np.minimum((row + 1) * pitch, low + other_pitch) - np.maximum(row * pitch, low)
     return shared.clip(min=0)
