@@ -4,8 +4,8 @@
 
 Nothing here is a test; a small version of both is (`tests/test_cohort.py`). `damage`: 8 of the slides are damaged in 8
 ways; the others' stores are those of a run without the damaged ones, bit for bit, the 8 are named, the exit code is 3.
-`killed`: SIGKILL at random moments, and the same command again each time; the stores are those of a clean run. All runs
-are the command line in processes of its own.
+`killed`: SIGKILL at random moments of the work (loading is none), and the same command again each time; the stores are
+those of a clean run. All runs are the command line in processes of its own.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -134,25 +135,39 @@ def damage(slides: list[Path], folder: Path, encoder: str, clean: dict[str, str]
     }
 
 
+def begun(process: subprocess.Popen[bytes], out: Path) -> bool:
+    """Wait until a run has loaded what it needs and says in the log that it begins; False if it ends before."""
+    while process.poll() is None:
+        log = out / "log.jsonl"
+        lines = log.read_text("utf-8").splitlines() if log.exists() else []
+        if any(f'"process": {process.pid},' in line and '"event": "run"' in line for line in lines):
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def killed(
-    slides: list[Path], folder: Path, encoder: str, clean: dict[str, str], kills: int, whole: float
+    slides: list[Path], folder: Path, encoder: str, clean: dict[str, str], kills: int, work: float
 ) -> dict[str, object]:
-    """What is left after so many kills within the seconds that a clean run takes."""
-    chance, out, hit = random.Random(0), folder / "killed", 0
+    """What is left after so many kills, at moments spread over the `work` seconds that a clean run embeds."""
+    chance, out, done = random.Random(0), folder / "killed", []
     start = time.monotonic()
-    for _ in range(kills):
+    while len(done) < kills:
         process = subprocess.Popen(command(slides, out, encoder))
+        if not begun(process, out):
+            break
         try:
-            process.wait(chance.uniform(0, whole))
+            process.wait(chance.uniform(0, 1.5 * work / kills))
+            break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            hit += 1
+            done.append(len(list(out.glob("[!.]*.zarr"))))
     last = subprocess.run(command(slides, out, encoder), timeout=3600).returncode
     left = sorted(path.name for path in out.iterdir() if path.name.startswith(".wsi-brush-stage"))
     return {
-        "killed": hit, "exit code": last, "same bytes": stores(out) == clean, "stages left": left,
-        "seconds": round(time.monotonic() - start, 1),
+        "killed": len(done), "stores there at each": done, "exit code": last, "same bytes": stores(out) == clean,
+        "stages left": left, "seconds": round(time.monotonic() - start, 1),
     }  # fmt: skip
 
 
@@ -176,7 +191,10 @@ def main() -> None:
         if "damage" in arguments.parts:
             found["damage"] = damage(slides, folder, arguments.encoder, clean)
         if "killed" in arguments.parts:
-            found["killed"] = killed(slides, folder, arguments.encoder, clean, arguments.kills, whole)
+            lines = [json.loads(line) for line in (folder / "clean" / "log.jsonl").read_text("utf-8").splitlines()]
+            first, last = (datetime.fromisoformat(lines[end]["time"]) for end in (0, -1))
+            work = (last - first).total_seconds()
+            found["killed"] = killed(slides, folder, arguments.encoder, clean, arguments.kills, work)
     print(json.dumps(found, indent=1))
 
 
