@@ -68,18 +68,18 @@ def embed_on_devices(
     paths: Iterable[Path | str], out: Path | str, *, encoder: str, devices: Sequence[str], threads: int = 0,
     assume_mpp: float | None = None, force_mpp: float | None = None, overwrite: bool = False,
     progress: Watch | None = None, outlines: Path | None = None, workers: int = 0, strict: bool = False,
-    shard: tuple[int, int] = (1, 1),
+    shard: tuple[int, int] = (1, 1), loaded: Encoder | None = None,
 ) -> list[SlideReport]:  # fmt: skip
     """As `embed_slides`, by one process a device; one that dies costs the slide that it was at, and is replaced.
 
-    `threads`: of each process, by default an equal part of the cores.
+    `threads`: of each process, by default an equal part of the cores. `loaded`: the encoder, where the caller has it.
 
     Raises:
         UsageError, RefusedError, MachineError: as `embed_slides`, and of any of the processes; the others end then.
     """
     for device in devices:
         find_device(device)
-    slides, loaded = cohort_of(paths, outlines, shard), load_encoder(encoder)
+    slides, loaded = cohort_of(paths, outlines, shard), loaded or load_encoder(encoder)
     ledger = open_ledger(out, loaded, outlines=outlines, overwrite=overwrite)
     order = Order(str(out), encoder, ledger.since, assume_mpp, force_mpp, overwrite, outlines, workers, strict)
     threads = threads or max(1, (os.cpu_count() or 1) // len(devices))
@@ -263,17 +263,18 @@ def embed_on_cluster(
     paths: Iterable[Path | str], out: Path | str, *, encoder: str, client: Client, device: str = "cpu",
     assume_mpp: float | None = None, force_mpp: float | None = None, overwrite: bool = False,
     progress: Watch | None = None, outlines: Path | None = None, workers: int = 0, strict: bool = False,
-    shard: tuple[int, int] = (1, 1),
+    shard: tuple[int, int] = (1, 1), loaded: Encoder | None = None,
 ) -> list[SlideReport]:  # fmt: skip
     """As `embed_slides`, a task a slide on the cluster that `cluster.connect` found; a worker that dies costs its
     slide. Slides, outlines and `out` are read and written by the workers, in a file system that they share with here.
+    `loaded`: the encoder, where the caller has it.
 
     Raises:
         UsageError, RefusedError, MachineError: as `embed_slides`, and if a worker does not see the output.
     """
     from distributed import as_completed
 
-    slides, loaded = cohort_of(paths, outlines, shard), load_encoder(encoder)
+    slides, loaded = cohort_of(paths, outlines, shard), loaded or load_encoder(encoder)
     out = Path(out).absolute()
     ledger = open_ledger(out, loaded, outlines=outlines, overwrite=overwrite)
     found = _whole_name(encoder)

@@ -106,11 +106,13 @@ def _reports(
         if len(devices) > 1:
             raise UsageError("--devices: one for all workers with --scheduler, cpu or cuda")
         with connect(scheduler) as client:
-            return embed_on_cluster(slides, out, encoder=name, client=client, device=devices[0], **options)
+            return embed_on_cluster(
+                slides, out, encoder=name, client=client, device=devices[0], loaded=loaded, **options
+            )
     if len(devices) > 1:
         from ..fleet import embed_on_devices
 
-        return embed_on_devices(slides, out, encoder=name, devices=devices, threads=threads, **options)
+        return embed_on_devices(slides, out, encoder=name, devices=devices, threads=threads, loaded=loaded, **options)
     from ..cohort import embed_slides
 
     return embed_slides(slides, out, encoder=loaded, **options)
