@@ -2,8 +2,10 @@
 
     xvfb-run -a -s "-screen 0 1600x1000x24" python tests/benchmarks/viewing.py [--size 16384]
 
-The pair is one painting of cheap tiles and a copy of it, in a folder that is removed. Beside the time from paths to
-pixels stands that of a bare napari window, the floor, and the time of a processor that each took.
+The pair is one painting of cheap tiles and a copy of it, in a folder that is removed. It is opened in a window that is
+there already, as by File > Open and the widget Real | Synthetic (the first layers of that napari), and by `wsi-brush
+view`, which makes a window. Beside the time from paths to pixels stands that of a bare napari window, the floor of the
+latter, and the time of a processor that each took. Every window is in a process of its own but "again".
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +39,12 @@ def make(folder: Path, size: int) -> list[Path]:
     return [path, Path(shutil.copytree(path, folder / "old.ome.zarr", copy_function=os.link))]
 
 
-def shown(paths: list[Path]) -> tuple[Any, dict[str, float]]:
-    """A window with a pair, from its paths to the first frame; without paths, an empty one."""
-    import napari
+def shown(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What some work leaves on the screen, and how long it takes to the first frame."""
     from qtpy.QtWidgets import QApplication
 
-    from wsi_brush.view import open_viewer
-
     start, used = time.perf_counter(), time.process_time()
-    viewer = open_viewer(paths) if paths else napari.Viewer()
+    viewer = work()
     for _ in range(5):
         QApplication.processEvents()
     return viewer, {
@@ -50,21 +52,51 @@ def shown(paths: list[Path]) -> tuple[Any, dict[str, float]]:
     }  # fmt: skip
 
 
+def opened(viewer: Any, paths: list[Path]) -> Any:
+    """A pair in a window that is there."""
+    from wsi_brush.view import PLUGIN, WIDGET
+
+    viewer.open([str(path) for path in paths], plugin=PLUGIN)
+    viewer.window.add_plugin_dock_widget(PLUGIN, WIDGET)
+    return viewer
+
+
+def alone(what: str, paths: list[Path]) -> None:
+    """One part of the measurement in this process; prints JSON."""
+    import napari  # its import is not what is measured
+
+    from wsi_brush.view import open_viewer
+
+    viewer, figures = shown(napari.Viewer if what != "view" else lambda: open_viewer(paths))
+    found = {what: figures}
+    if what == "open":
+        _, found[what] = shown(lambda: opened(viewer, paths))
+    if what == "view":
+        found[f"{what}: panning"] = pan(viewer)
+    viewer.close()
+    again = {"empty": napari.Viewer, "view": lambda: open_viewer(paths)}.get(what)
+    if again is not None:
+        viewer, found[f"{what}, again"] = shown(again)
+        viewer.close()
+    print(json.dumps(found))
+
+
 def main() -> None:
     """Measure, and print JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", type=int, default=16384)
-    size = parser.parse_args().size
-    import napari  # noqa: F401 - its import is not what is measured
-
+    parser.add_argument("--alone", choices=("empty", "open", "view"))
+    parser.add_argument("paths", type=Path, nargs="*")
+    given = parser.parse_args()
+    if given.alone:
+        alone(given.alone, given.paths)
+        return
+    figures: dict[str, Any] = {"size": given.size}
     with tempfile.TemporaryDirectory() as folder:
-        paths = make(Path(folder), size)
-        figures: dict[str, Any] = {"size": size}
-        for name, given in (("empty, first", []), ("empty", []), ("pair", paths), ("pair, again", paths)):
-            viewer, figures[name] = shown(given)
-            if given:
-                figures[f"{name}: panning"] = pan(viewer)
-            viewer.close()
+        paths = make(Path(folder), given.size)
+        for what in ("empty", "open", "view"):
+            command = [sys.executable, __file__, "--alone", what, *map(str, paths)]
+            figures |= json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     print(json.dumps(figures, indent=1))
 
 
