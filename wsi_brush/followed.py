@@ -102,7 +102,7 @@ def follow(
     `slide_mpp`, `same_encoder`: what h5 of others do not say, as in `foreign.read_conditions`.
 
     Raises:
-        UsageError: if there is nothing, no tissue, more than one store, or encoder, tile or pitches are not the brush's.
+        UsageError: if there is nothing, no tissue, several stores, or encoder, tile or pitches are not the brush's.
         RefusedError: if a store or a file is damaged, or neither.
         MachineError: if h5py is missing.
     """
