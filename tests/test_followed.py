@@ -36,7 +36,7 @@ h5py = pytest.importorskip("h5py")
 
 CANARY = "Ramona^Testcase"
 ENCODER = cast(Encoder, TileStatistics())
-PAINTING = Painting(size=160, seed=2, steps=5, guidance=1.0)
+PAINTING = Painting(size=96, seed=2, steps=5, guidance=1.0)
 Words = Callable[..., tuple[int, str, str]]
 
 
@@ -345,24 +345,24 @@ def words(brush: Brush, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_store_is_painted_and_said(store: EmbeddingStore, brush: Brush, tmp_path: Path, words: Words) -> None:
-    command, target = ("--embeddings", store.path, "--size", 160), tmp_path / "new.ome.zarr"
+    command, target = ("--embeddings", store.path, "--size", 96), tmp_path / "new.ome.zarr"
     canvas = choose_canvas(followed := follow([store.path], brush=brush), PAINTING, followed.tissue)
     code, out, _ = words(*command, "-o", target, "--dry-run", "--json")
     assert (code, target.exists()) == (0, False)
     plan = json.loads(out)
-    assert plan["canvas"] == "160 x 160 pixels at 0.5 µm"
+    assert plan["canvas"] == "96 x 96 pixels at 0.5 µm"
     assert plan["corner"] == f"row {canvas.top}, column {canvas.left} (pixels at 0.5 µm)"
     code, out, _ = words(*command, "-o", target, "--json")
     said = json.loads(out)
-    assert (code, said["synthetic"], said["height"], "cosine" in said) == (0, True, 160, False)
-    assert said["region"] == [canvas.top, canvas.left, 160, 160]
+    assert (code, said["synthetic"], said["height"], "cosine" in said) == (0, True, 96, False)
+    assert said["region"] == [canvas.top, canvas.left, 96, 96]
     assert said["embeddings"] == about_of(target)["embeddings"]["fingerprint"]
     synthesize_embeddings(store.path, tmp_path / "same", PAINTING, brush=brush)
     assert np.array_equal(pixels_of(target), pixels_of(tmp_path / "same"))
     code, out, err = words(*command, "-o", target)
     assert (code, out, len(err.splitlines()), "exists" in err) == (4, "", 1, True)
     code, out, _ = words(*command, "-o", target, "--overwrite")
-    assert f"after embeddings {said['embeddings']}, region {canvas.top},{canvas.left},160,160 (level-0" in out
+    assert f"after embeddings {said['embeddings']}, region {canvas.top},{canvas.left},96,96 (level-0" in out
     assert "cosine" not in out
 
 

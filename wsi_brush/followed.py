@@ -63,8 +63,7 @@ class Followed:
             one = self._read(mpp)
             near, lattice = one.crop(area), area.at(one.lattice.mpp)
             values = np.full((*lattice.shape, one.dim), np.nan, one.values.dtype)
-            if near.values.size:
-                values[near.lattice.within(lattice)] = near.values
+            values[near.lattice.within(lattice)] = near.values
             found[mpp] = EmbeddingMap(mpp, lattice, values)
         return found
 
