@@ -214,7 +214,7 @@ def test_a_pitch_twice_is_refused(store: EmbeddingStore, tmp_path: Path) -> None
 def test_foreign_weights_are_the_callers_word(tmp_path: Path) -> None:
     path = write_trident(tmp_path / "t.h5", SIDES // 2, side=128, level0=256)
     wanted = BRUSH | {"pitches": (0.5,), "slide_mpp": 0.25}
-    with pytest.raises(UsageError, match=re.escape("pass same_encoder=True")):
+    with pytest.raises(UsageError, match=re.escape("give --same-encoder (in Python same_encoder=True)")):
         read_conditions([path], **wanted)
     assert read_conditions([path], **wanted, same_encoder=True)[0.5].present.sum() == 3
     near = read_conditions([path], **(wanted | {"slide_mpp": 0.2527}), same_encoder=True)[0.5]

@@ -216,7 +216,7 @@ def test_other_labels_are_other_paintings(brush: Path, tmp_path: Path) -> None:
     ("arguments", "line"),
     [
         (["--label", "red"], "'red' is no label of this brush; it knows black, blond"),
-        ([], "--ref, --label and --canvas are missing; give --ref SLIDE, or --canvas CANVAS.zarr, or --label NAME"),
+        ([], "--ref, --embeddings, --label and --canvas are missing; give --ref SLIDE, or --embeddings STORE.zarr, or"),
         (["--label", "blond", "--ref", "REF"], "--ref and --label exclude each other"),
         (
             ["--ref", "REF", "--assume-mpp", "0.5"],

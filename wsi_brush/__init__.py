@@ -49,6 +49,7 @@ The modules, in the order of the data; a module imports only what stands above i
     optimiser     how weights follow their gradients: Muon and AdamW
     baselines     System: the rivals of the paper's tables, trained and used as a brush is
     brush         Brush: a trained denoiser and all it needs
+    followed      embeddings that a painting follows without their slide: a store, or h5 of others
     recipe        what a training run is made of: a TOML file, checked
     train         verb: pack -> brush
     stream        one denoising step over a canvas of any size, tile by tile

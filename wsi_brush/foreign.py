@@ -27,13 +27,15 @@ _FRAME = ("top", "left", "height", "width")
 
 @dataclass(frozen=True)
 class Foreign:
-    """Embeddings that were read from a file: the map, and what the file says of it (weights: their SHA-256)."""
+    """Embeddings that were read from a file: the map, and what the file says of it (weights: their SHA-256; made: one
+    digest for all that was exported of one store)."""
 
     path: Path
     map: EmbeddingMap
     encoder: str
     weights: str | None
     synthetic: bool
+    made: str | None = None
 
 
 def read_h5(path: Path | str, *, slide_mpp: float | None = None) -> Foreign:
@@ -81,7 +83,8 @@ def read_h5(path: Path | str, *, slide_mpp: float | None = None) -> Foreign:
     weights = str(about["weights_sha256"]) if "weights_sha256" in about else None
     encoder = str(about.get("encoder") or about.get("extractor") or "an encoder that it does not name")
     one = EmbeddingMap(scale.pitch / scale.side, lattice, spread)
-    return Foreign(path, one, encoder, weights, bool(about.get("synthetic")))
+    made = str(about["fingerprint"]) if "fingerprint" in about else None
+    return Foreign(path, one, encoder, weights, bool(about.get("synthetic")), made)
 
 
 def read_conditions(
@@ -103,9 +106,23 @@ def read_conditions(
         UsageError: if a pitch is missing or there twice, or tile, dimension or encoder are not the brush's.
         RefusedError, MachineError: as `read_h5`.
     """
-    found: dict[float, EmbeddingMap] = {}
-    for path in paths:
-        one = read_h5(path, slide_mpp=slide_mpp)
+    found = matched(
+        (read_h5(path, slide_mpp=slide_mpp) for path in paths),
+        pitches=pitches, tile=tile, dim=dim, weights=weights, same_encoder=same_encoder,
+    )  # fmt: skip
+    return {pitch: one.map for pitch, one in found.items()}
+
+
+def matched(
+    files: Iterable[Foreign], *, pitches: Sequence[float], tile: int, dim: int, weights: str, same_encoder: bool = False
+) -> dict[float, Foreign]:
+    """Embeddings that were read, by the pitch of the brush that each is for; all else as `read_conditions`.
+
+    Raises:
+        UsageError: as `read_conditions`.
+    """
+    found: dict[float, Foreign] = {}
+    for one in files:
         lattice, place = one.map.lattice, f"{one.path}: embeddings of {one.encoder}"
         near = [pitch for pitch in pitches if abs(one.map.mpp / pitch - 1) <= PITCH_TOLERANCE]
         if not near:
@@ -118,14 +135,17 @@ def read_conditions(
         if one.map.dim != dim:
             raise UsageError(f"{place}, {one.map.dim} numbers each; the brush follows {dim} numbers of its own encoder")
         if one.weights is None and not same_encoder:
-            raise UsageError(f"{place}, whose weights it does not name; pass same_encoder=True if they are the brush's")
+            raise UsageError(
+                f"{place}, whose weights it does not name; give --same-encoder (in Python same_encoder=True) if they "
+                "are the brush's"
+            )
         if one.weights not in (None, weights):
             raise UsageError(
                 f"{place} ({str(one.weights)[:12]}); the brush follows an encoder of weights {weights[:12]}"
             )
         if near[0] in found:
             raise UsageError(f"{place} at {near[0]:g} µm, which another file has already; give one file a pitch")
-        found[near[0]] = one.map
+        found[near[0]] = one
     missing = [pitch for pitch in pitches if pitch not in found]
     if missing:
         raise UsageError(f"no file at {listed(missing)} µm; the brush follows tiles at {listed(pitches)} µm")
@@ -155,7 +175,10 @@ def _trident(path: Path, about: dict[str, Any], slide_mpp: float | None) -> _Sca
         raise RefusedError(f"{path}: tiles overlap by {about['overlap']} pixels; expected tiles side by side")
     pixel: tuple[Any, Any] = (about.get("mpp_y"), about.get("mpp_x")) if slide_mpp is None else (slide_mpp, slide_mpp)
     if None in pixel:
-        raise UsageError(f"{path}: does not say the slide's pixel size; pass it as slide_mpp (wsi-brush info SLIDE)")
+        raise UsageError(
+            f"{path}: does not say the slide's pixel size; give --assume-mpp, in Python slide_mpp "
+            "(wsi-brush info SLIDE)"
+        )
     height, width = (float(length) for length in pixel)
     side, level0 = int(about["patch_size"]), float(about["patch_size_level0"])
     if "target_mpp" in about:  # ours: the side at level 0 is the true one, rounded, and so are the corners

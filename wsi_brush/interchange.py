@@ -100,7 +100,7 @@ def tiles_of(store: EmbeddingStore, mpp: float = 0.5) -> Tiles:
     """
     if mpp not in store.maps:
         raise UsageError(f"{store.path}: no embeddings at {mpp:g} µm; --mpp may be {listed(store.maps)}")
-    _check_about(store)
+    check_about(store)
     one = store.maps[mpp]
     cells = np.argwhere(one.present).astype(np.int64)
     return Tiles(one.values[tuple(cells.T)], cells, one.lattice, mpp, _pixel(store), store.about)
@@ -117,7 +117,7 @@ def export_store(
     """
     target = Path(target)
     if to == "geojson":
-        _check_about(store)
+        check_about(store)
         about = {"slide": store.about["slide"]["name"], "tool_version": f"wsi-brush {__version__}"}
         text = to_geojson(store.tissue, _pixel(store), synthetic=store.about["synthetic"] is not False, about=about)
         count = len(json.loads(text)["features"])
@@ -288,7 +288,12 @@ def _is_ours(path: Path, to: Format) -> bool:
         return False
 
 
-def _check_about(store: EmbeddingStore) -> None:
+def check_about(store: EmbeddingStore) -> None:
+    """Whether a store says which slide and encoder it is of.
+
+    Raises:
+        UsageError: if not.
+    """
     slide, parameters = store.about.get("slide", {}), store.about.get("parameters", {})
     if not {"name", "mpp", "mpp_source", "height", "width"} <= set(slide) or (
         not {"encoder", "encoder_weights"} <= set(parameters)

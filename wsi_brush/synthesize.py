@@ -2,6 +2,7 @@
 
 The canvas is a place on the reference's own plane, so the painting lies where its reference lies. A brush that was
 trained on classes has no reference: it is asked for a label. What is painted on a `Canvas` by hand has none either.
+Where only the embeddings of a slide are at hand they are `Followed`, and its pixels are not missed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .commit import check_target, staged
 from .embed import embed_region, slide_fingerprint
 from .encoder import Encoder
 from .errors import SlideError, UsageError
+from .followed import Followed, follow
 from .grid import Grid
 from .machine import check_precision, find_device, undisturbed
 from .paint import Show, check_rival, paint_canvas
@@ -51,7 +53,8 @@ class Painted:
     """What came of it: where the slide is, its region (level-0 pixels of the reference), what it took.
 
     cosine: how close it is, the mean cosine between the standardised embeddings of the painting and of its reference,
-    by pitch in µm; NaN where no whole tile holds tissue. A label and a canvas have no reference: no region, no cosine.
+    by pitch in µm; NaN where no whole tile holds tissue. A label and a canvas have no reference: no region, no cosine;
+    embeddings alone have no cosine, and a region where they say what slide they are of.
     """
 
     path: Path
@@ -64,14 +67,16 @@ class Painted:
 # -- where ---------------------------------------------------------------------------------------------
 
 
-def choose_canvas(slide: Slide, painting: Painting, tissue: Tissue) -> Grid:
+def choose_canvas(slide: Slide | Followed, painting: Painting, tissue: Tissue) -> Grid:
     """The pixels to paint, at the painting's pitch.
 
     Raises:
-        UsageError: if the region or the size does not fit the slide.
+        UsageError: if the region or the size does not fit the slide, or it is not known how large that is.
     """
     scale = slide.mpp / painting.mpp
     if painting.region is not None:
+        if isinstance(slide, Followed):
+            slide.check_placed()
         return _canvas_of(slide, painting.region, painting.mpp)
     if painting.size < 1:
         raise UsageError(f"a size of {painting.size} pixels cannot be painted; give --size 4096")
@@ -102,7 +107,7 @@ def label_canvas(painting: Painting) -> Grid:
     return Grid(painting.mpp, 0, 0, painting.size, painting.size)
 
 
-def _canvas_of(slide: Slide, region: tuple[int, int, int, int], mpp: float) -> Grid:
+def _canvas_of(slide: Slide | Followed, region: tuple[int, int, int, int], mpp: float) -> Grid:
     top, left, height, width = region
     inside = min(top, left) >= 0 and top + height <= slide.grid.height and left + width <= slide.grid.width
     if not inside or height < 1 or width < 1:
@@ -214,6 +219,34 @@ def synthesize_slide(
         write_pair(png, slide, painted, canvas)
     cosine = compare(slide, painted, canvas, brush=brush, encoder=encoder)
     return Painted(target, _level0(slide, canvas), canvas.shape, time.monotonic() - start, cosine)
+
+
+def synthesize_embeddings(
+    followed: Followed | Path | str, target: Path | str, painting: Painting, *, brush: Brush, overwrite: bool = False,
+    client: Client | None = None, tell: Tell | None = None, show: Show | None = None,
+) -> Painted:  # fmt: skip
+    """Paint after embeddings alone, or after the store that is there: what `synthesize_slide` would paint after their
+    slide; otherwise as it.
+
+    Raises:
+        UsageError, RefusedError, MachineError: one line each, before the hours of work where possible.
+    """
+    start = time.monotonic()
+    target = Path(target)
+    check_precision(painting.precision, find_device(painting.device))
+    check_asked(brush, None, client)
+    one = followed if isinstance(followed, Followed) else follow([followed], brush=brush)
+    one.check_brush(brush)
+    area = whole(canvas := choose_canvas(one, painting, one.tissue), brush.ladder.starting_at(painting.mpp))
+    check_target(target, kind=KIND, overwrite=overwrite)
+    region = _level0(one, canvas)
+    _paint(
+        target, canvas, lambda: one.maps(area), painting, brush=brush,
+        parameters={"embeddings": one.digest, **_parameters(canvas, painting, brush)},
+        about=_provenance(canvas, painting, brush) | one.provenance(region), overwrite=overwrite, client=client,
+        tell=tell, show=show,
+    )  # fmt: skip
+    return Painted(target, None if one.slide is None else region, canvas.shape, time.monotonic() - start, {})
 
 
 def synthesize_label(
@@ -341,7 +374,7 @@ def as_pixels(image: Tensor) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _level0(slide: Slide, canvas: Grid) -> tuple[int, int, int, int]:
+def _level0(slide: Slide | Followed, canvas: Grid) -> tuple[int, int, int, int]:
     top, left, bottom, right = (round(edge / slide.mpp) for edge in canvas.extent)
     return top, left, bottom - top, right - left
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,17 @@ def synthesize(
     canvas: Annotated[
         Path | None, typer.Option(help="Instead of a reference: a canvas that was painted on and saved.")
     ] = None,
+    embeddings: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead of a reference: its embeddings alone, a store of `embed`, or h5 of TRIDENT or STAMP, one a "
+            "pitch, the option once for each."
+        ),
+    ] = None,
+    same_encoder: Annotated[
+        bool,
+        typer.Option("--same-encoder", help="The h5 of others is of the brush's encoder, though it does not say so."),
+    ] = False,
     region: Annotated[
         str | None,
         typer.Option(help="Where, in level-0 pixels of the reference, or all.", metavar="TOP,LEFT,HEIGHT,WIDTH"),
@@ -71,18 +83,21 @@ def synthesize(
 ) -> None:
     """A reference to a new slide: an OME-Zarr pyramid that follows its embeddings and copies none of its pixels."""
     with errors(debug):
-        asked = [
-            word for word, given in (("--ref", ref), ("--label", label), ("--canvas", canvas)) if given is not None
-        ]
+        given = {"--ref": ref, "--embeddings": embeddings or None, "--label": label, "--canvas": canvas}
+        asked = [word for word, one in given.items() if one is not None]
         if len(asked) != 1:
-            found = f"{' and '.join(asked)} exclude each other" if asked else "--ref, --label and --canvas are missing"
+            *named, last = asked or given
             raise UsageError(
-                f"{found}; give --ref SLIDE, or --canvas CANVAS.zarr, or --label NAME with a brush that was trained on "
+                f"{', '.join(named)} and {last} {'exclude each other' if asked else 'are missing'}; give --ref SLIDE, "
+                "or --embeddings STORE.zarr, or --canvas CANVAS.zarr, or --label NAME with a brush that was trained on "
                 "labels"
             )
-        for word, given in (("--region", region), ("--encoder", encoder), ("--png", png)):
-            if ref is None and given is not None:
-                raise UsageError(f"{word}: is for a reference, and a {asked[0][2:]} has none; leave it out")
+        for word, one in (("--region", region), ("--encoder", encoder), ("--png", png)):
+            if ref is None and one is not None and (word != "--region" or not embeddings):
+                what = "embeddings alone have" if embeddings else f"a {asked[0][2:]} has"
+                raise UsageError(f"{word}: is for a reference, and {what} none; leave it out")
+        if same_encoder and not embeddings:
+            raise UsageError("--same-encoder: is for --embeddings; leave it out")
         if canvas is not None and size is not None:
             raise UsageError("--size: a canvas has its own; leave it out")
         if region is not None and size is not None:
@@ -101,9 +116,16 @@ def synthesize(
         from ..brush import load_brush
         from ..cluster import connect
         from ..encoder import load_encoder
+        from ..followed import follow
         from ..machine import check_precision, find_device, peak_memory
         from ..stages import Painting, kept
-        from ..synthesize import check_asked, synthesize_canvas, synthesize_label, synthesize_slide
+        from ..synthesize import (
+            check_asked,
+            synthesize_canvas,
+            synthesize_embeddings,
+            synthesize_label,
+            synthesize_slide,
+        )
 
         drawn = None
         if canvas is not None:
@@ -121,10 +143,15 @@ def synthesize(
         check_asked(loaded, label)
         if drawn is not None:
             drawn.check_brush(loaded.about["encoder"], loaded.about["fingerprint"], loaded.pitches)
+        followed = None
+        if embeddings:
+            followed = follow(embeddings, brush=loaded, slide_mpp=assume_mpp, same_encoder=same_encoder)
+            if region == "all":
+                painting = replace(painting, region=(0, 0, *followed.grid.shape))
         eyes = load_encoder(encoder or loaded.about["encoder"], device=device) if ref is not None else None
         if dry_run:
             pixels = None if drawn is None else drawn.grid
-            print_plan(plans.plan_painting(loaded, eyes, slide, out, painting, pixels), json_)
+            print_plan(plans.plan_painting(loaded, eyes, slide or followed, out, painting, pixels), json_)
             return
         client = connect(scheduler) if scheduler is not None else None
         with Shown(quiet) as progress, client or nullcontext():
@@ -135,6 +162,10 @@ def synthesize(
             elif drawn is not None:
                 painted = synthesize_canvas(
                     drawn, out, painting, brush=loaded, overwrite=overwrite, client=client, tell=progress
+                )
+            elif followed is not None:
+                painted = synthesize_embeddings(
+                    followed, out, painting, brush=loaded, overwrite=overwrite, client=client, tell=progress
                 )
             else:
                 assert ref is not None
@@ -151,7 +182,11 @@ def synthesize(
             "peak_memory_gb": round(peak_memory() / 1e9, 2),
         }  # fmt: skip
         if painted.region is not None:
-            result |= {"region": list(painted.region), "cosine": cosine}
+            result |= {"region": list(painted.region)}
+        if ref is not None:
+            result |= {"cosine": cosine}
+        elif followed is not None:
+            result |= {"embeddings": followed.about["fingerprint"]}
         elif drawn is not None:
             result |= {"canvas": drawn.fingerprint, "strokes": len(drawn.strokes)}
         else:
@@ -163,8 +198,10 @@ def synthesize(
             said = f"label {label}"
             if drawn is not None:
                 said = f"canvas {drawn.fingerprint}, {len(drawn.strokes)} strokes"
-            if ref is not None and painted.region is not None:
-                said = f"after {ref.name}, region {','.join(map(str, painted.region))} (level-0 pixels)"
+            if ref is not None or followed is not None:
+                said = f"after {ref.name}" if ref is not None else f"after embeddings {result['embeddings']}"
+            if painted.region is not None:
+                said += f", region {','.join(map(str, painted.region))} (level-0 pixels)"
             typer.echo(f"{said}, seed {seed}")
             typer.echo(f"took {painted.seconds:.0f} s and {result['peak_memory_gb']:.1f} GB")
             shown = ", ".join(f"{value:.3f} at {pitch} µm" for pitch, value in cosine.items())

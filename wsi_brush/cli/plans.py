@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..baselines import System
     from ..brush import Brush
     from ..encoder import Encoder
+    from ..followed import Followed
     from ..grid import Grid
     from ..slide import Slide
     from ..stages import Painting
@@ -56,19 +57,23 @@ def plan_embedding(
 
 
 def plan_painting(
-    brush: Brush, encoder: Encoder | None, slide: Slide | None, out: Path, painting: Painting,
+    brush: Brush, encoder: Encoder | None, slide: Slide | Followed | None, out: Path, painting: Painting,
     drawn: Grid | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Where would be painted, and what it would need: time from a few tiles on this machine. Of a label, and of a
-    canvas of the pixels `drawn`, there is neither slide nor encoder."""
+    canvas of the pixels `drawn`, there is neither slide nor encoder, of embeddings alone no encoder."""
     from ..estimate import embedding_seconds, painting_seconds
+    from ..followed import Followed
     from ..stages import budget, stages, state_bytes
     from ..synthesize import choose_canvas, label_canvas
 
     def place() -> Grid:
         if drawn is not None:
             return drawn
-        return label_canvas(painting) if slide is None else choose_canvas(slide, painting, brush.tissue_of(slide))
+        if slide is None:
+            return label_canvas(painting)
+        tissue = slide.tissue if isinstance(slide, Followed) else brush.tissue_of(slide)
+        return choose_canvas(slide, painting, tissue)
 
     ladder = brush.ladder.starting_at(painting.mpp)  # before the slide is searched for tissue
     if brush.rival is not None:
