@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def test_any_number_of_readers_gives_the_same(slide: Slide) -> None:
     assert not any(one.bad for one in alone)
     for count in (1, 2):
         assert same(read(slide, count), alone)
+
+
+def test_who_is_slow_to_take_them_finds_each_window_as_it_was_read(slide: Slide) -> None:
+    """The readers are ahead by then: a window must not stand where another was put meanwhile."""
+    alone, found = read(slide, 0), []
+    wanted = np.random.default_rng(1).random(slide.grid.at(0.5 * TILE).shape) < 0.5  # as `read` has it
+    with Readers(slide, 1) as readers:
+        for one in readers.read(windows(slide, slide.grid.at(0.5 * TILE), 0.5, wanted, TILE)):
+            found.append(one)
+            time.sleep(0.5)
+    assert same(found, alone)
 
 
 @pytest.mark.parametrize(
