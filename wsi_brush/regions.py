@@ -166,5 +166,7 @@ def readable_tissue(slide: Slide, readers: Readers) -> Tissue:
         rgb[rows[bad], :, columns[bad]] = 255
         unread[rows[bad], columns[bad]] = True
     whole = rgb.reshape(pieces.height * _PIECE, pieces.width * _PIECE, 3)[: grid.height, : grid.width]
-    maybe = unread.repeat(_PIECE, 0).repeat(_PIECE, 1)[: grid.height, : grid.width]
-    return Tissue(tissue_mask(whole, PITCH) | maybe, grid)
+    mask = tissue_mask(whole, PITCH)
+    if unread.any():
+        mask |= unread.repeat(_PIECE, 0).repeat(_PIECE, 1)[: grid.height, : grid.width]
+    return Tissue(mask, grid)

@@ -98,7 +98,9 @@ def tissue_mask(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.bool_]:
     ink = _grown(_wide(ink, _INK_WIDTH / mpp), _INK_HALO / mpp)
     # A picture of a few cells is not dust: there the limits are an eighth of the picture.
     grain, speck = (int(min(area / mpp**2, stained.size / 8)) for area in (_GRAIN, _SPECK))
-    mask = _larger(stained & ~ink, grain, connectivity=2)
+    stained &= ~ink
+    mask = _larger(stained, grain, connectivity=2)
+    del stained
     mask = ~_grown(~_grown(mask, _GAP / mpp), _GAP / mpp)
     mask = _larger(mask & ~ink, speck)
     # What reaches the border of the picture is no hole: its end is not seen.
@@ -150,7 +152,10 @@ def _holding(mask: NDArray[np.bool_], seeds: NDArray[np.bool_]) -> NDArray[np.bo
     parts = label(mask, np.ones((3, 3)))[0]
     held = np.zeros(int(parts.max()) + 1, np.bool_)
     held[parts[seeds & mask]] = True
-    return np.stack([held[row] for row in parts])
+    holding = np.empty_like(mask)
+    for row, of_row in zip(holding, parts, strict=True):  # an index of the whole would be twice as large as the parts
+        row[:] = held[of_row]
+    return holding
 
 
 def _border(shape: tuple[int, int]) -> NDArray[np.bool_]:

@@ -21,6 +21,7 @@ Source = Callable[[int, int, int, int], NDArray[np.uint8]]
 """(top, left, height, width) inside the source -> (height, width, 3)."""
 
 STRIP = 1 << 22  # source pixels held at once: 12 MB of uint8, and a decoder still sees whole rows of tiles
+BAND = 64  # output rows averaged at once: they are turned around in the cache, which halves the time
 CACHED = 1 << 18  # numbers added at once: they stay near the processor from tap to tap
 
 
@@ -85,10 +86,15 @@ def resample(source: Source, shape: tuple[int, int], ratios: tuple[float, float]
         top, bottom = across.span
         left, right = down.span
         pixels = source(top, left, bottom - top, right - left)
-        if ratios != (1.0, 1.0):
-            pixels = _average(pixels, across, down)
         y, x = across.first_output - window.top, down.first_output - window.left
-        out[y : y + len(across), x : x + len(down)] = pixels
+        part = out[y : y + len(across), x : x + len(down)]
+        if ratios == (1.0, 1.0):
+            part[:] = pixels
+            continue
+        for i in range(0, len(across), BAND):
+            band = across[i : i + BAND]
+            first, last = band.span
+            part[i : i + BAND] = _average(pixels[first - top : last - top], band, down)
     return out
 
 
