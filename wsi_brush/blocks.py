@@ -31,7 +31,8 @@ class Blocks:
     def __init__(self, folder: Path, dim: int, *, seconds: float | None = None) -> None:
         self._folder, self._dim = folder, dim
         self._seconds = SECONDS if seconds is None else seconds
-        self._waiting: list[NDArray[np.float16]] = []
+        self._room = np.empty((max(1, BYTES // (2 * dim)), dim), np.float16)  # kept: pieces would hold the heap apart
+        self._waiting = 0  # rows of it
         self._start, self._written = 0, time.monotonic()
 
     def load(self) -> list[NDArray[np.float16]]:
@@ -49,11 +50,13 @@ class Blocks:
 
     def add(self, rows: NDArray[np.float16]) -> None:
         """Rows that follow those that are there."""
-        self._waiting.append(rows)
-        waiting = sum(one.nbytes for one in self._waiting)
-        if time.monotonic() - self._written >= self._seconds or waiting >= BYTES:
-            self._write(np.concatenate(self._waiting))
-            self._waiting, self._written = [], time.monotonic()
+        while len(rows):
+            part = rows[: len(self._room) - self._waiting]
+            self._room[self._waiting : self._waiting + len(part)] = part
+            self._waiting, rows = self._waiting + len(part), rows[len(part) :]
+            if self._waiting == len(self._room) or time.monotonic() - self._written >= self._seconds:
+                self._write(self._room[: self._waiting])
+                self._waiting, self._written = 0, time.monotonic()
 
     def _read(self, path: Path, digest: str) -> NDArray[np.float16] | None:
         data = path.read_bytes()
