@@ -9,6 +9,7 @@ one library alone says what damage is. The first tile read of each level is read
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .readers import DAMAGE, Level, Reader
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it finds odd in a header others judge
 
 _JPEG, _UPRIGHT = 7, 1  # values of TIFF's tags
 _START, _END = b"\xff\xd8", b"\xff\xd9"
