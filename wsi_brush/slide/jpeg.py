@@ -26,13 +26,9 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it finds
 
 _JPEG, _UPRIGHT = 7, 1  # values of TIFF's tags
 _START, _END = b"\xff\xd8", b"\xff\xd9"
-_ADOBE = (
-    b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # a marker that says: these numbers are colours as they are
-)
-_COLOURS = {
-    2: (_ADOBE, "RGB"),
-    6: (b"", "YCbCr"),
-}  # by what the page says: what JPEGs are made to say, and must say then
+# By what the page says of colours: a marker that makes a JPEG say the same (Adobe's, of numbers that are RGB already),
+# and what it must say then.
+_COLOURS = {2: (b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00", "RGB"), 6: (b"", "YCbCr")}
 _KEPT = 32 << 20  # bytes of tiles that reach into the next window, as OpenSlide keeps
 
 
@@ -111,16 +107,16 @@ class _Tiles:
 
         if number in self._kept:
             return self._kept[number]
-        self.file.seek(int(self.places[number]))
-        data = self.file.read(int(self.sizes[number]))
-        if not data.startswith(_START):
-            return None
-        data = self.head + data[len(_START) :]
         try:
+            self.file.seek(int(self.places[number]))
+            data = self.file.read(int(self.sizes[number]))
+            if not data.startswith(_START):
+                return None
+            data = self.head + data[len(_START) :]
             if decode_jpeg_header(data)[:3] != (*self.side, self.colours):
                 return None
             tile: NDArray[np.uint8] = decode_jpeg(data, "RGB", strict=True)
-        except ValueError:
+        except (OSError, ValueError):  # the reader will find it too, and say so
             return None
         if keep:
             self._kept[number] = tile
@@ -130,7 +126,7 @@ class _Tiles:
 
 
 def _plain_levels(path: Path, levels: tuple[Level, ...]) -> dict[int, _Tiles]:
-    """The levels that are one page of the file, and no other, and that a lattice of JPEGs; by number."""
+    """The levels that are one page of the file, and no other, which is a lattice of JPEGs; by number."""
     import tifffile
 
     found = {}
@@ -147,7 +143,7 @@ def _pages(pages: Any) -> Iterator[Any]:
     """All pages of a TIFF, those in SubIFDs after the page that has them."""
     for page in pages:
         yield page
-        yield from _pages(page.pages or ())
+        yield from _pages(getattr(page, "pages", None) or ())
 
 
 def _tiles_of(page: Any, path: Path) -> _Tiles | None:
