@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import zarr
 from conftest import TileStatistics, make_brush
 from numpy.typing import NDArray
 
-from wsi_brush import cli, commit, encoder, sides
+from wsi_brush import commit, encoder, sides
 from wsi_brush.brush import Brush, save_brush
 from wsi_brush.embed import embed_region, embed_slide, slide_fingerprint
 from wsi_brush.encoder import Encoder
@@ -322,25 +322,15 @@ def test_a_chunk_that_is_damaged(store: EmbeddingStore, brush: Brush, tmp_path: 
 
 
 @pytest.fixture
-def words(brush: Brush, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Words:
-    """The command, in this process: its exit code and what it said. An encoder is not to be loaded."""
+def words(words: Words, brush: Brush, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Words:
+    """Those of `synthesize` with a small brush. An encoder is not to be loaded."""
     save_brush(brush, tmp_path / "small.brush")
-    common = ("--brush", tmp_path / "small.brush", "--steps", 5, "--seed", 2)
 
     def load(*arguments: object, **options: object) -> None:
         raise AssertionError("an encoder was loaded")
 
     monkeypatch.setattr(encoder, "load_encoder", load)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wsi-brush", "synthesize", *map(str, common), *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return run
+    return partial(words, "synthesize", "--brush", tmp_path / "small.brush", "--steps", 5, "--seed", 2)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from wsi_brush import cli
 from wsi_brush.brush import Brush, load_brush
 from wsi_brush.commit import sha256_of
 from wsi_brush.coordinates import CoordinateSampler, TrainingPack
@@ -82,21 +80,6 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "notes.txt").write_text("no picture")
     (folder / "hair.toml").write_text(RECIPE)
     return folder
-
-
-@pytest.fixture
-def words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The command, in this process: its exit code and what it said."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wsi-brush", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import zarr
 from conftest import TileStatistics, make_brush
 from numpy.typing import NDArray
 
-from wsi_brush import cli
 from wsi_brush.brush import Brush, save_brush
 from wsi_brush.canvas import Canvas, Stroke
 from wsi_brush.errors import UsageError
@@ -52,18 +51,9 @@ def canvas(tissue_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture
-def words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The command, in this process: its exit code and what it said."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wsi-brush", "synthesize", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return run
+def words(words: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """Those of `synthesize`."""
+    return partial(words, "synthesize")
 
 
 def pixels_of(path: Path) -> NDArray[np.uint8]:
