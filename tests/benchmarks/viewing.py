@@ -57,7 +57,7 @@ def opened(viewer: Any, paths: list[Path]) -> Any:
     from wsi_brush.view import PLUGIN, WIDGET
 
     viewer.open([str(path) for path in paths], plugin=PLUGIN)
-    viewer.window.add_plugin_dock_widget(PLUGIN, WIDGET)
+    viewer.window.add_plugin_dock_widget(PLUGIN, WIDGET)  # the same one, if it is there
     return viewer
 
 
@@ -71,6 +71,8 @@ def alone(what: str, paths: list[Path]) -> None:
     found = {what: figures}
     if what == "open":
         _, found[what] = shown(lambda: opened(viewer, paths))
+        viewer.layers.clear()
+        _, found[f"{what}, again"] = shown(lambda: opened(viewer, paths))
     if what == "view":
         found[f"{what}: panning"] = pan(viewer)
     viewer.close()
