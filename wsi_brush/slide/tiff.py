@@ -59,7 +59,11 @@ def inspect(path: Path) -> Facts:
         big = data[2:4] in (b"+\0", b"\0+")
         try:
             pages = [] if size >= 1 << 32 and not big else list(_pages(data, big))
-        except (struct.error, ValueError) as error:
+        except struct.error:  # a place beyond the file
+            raise SlideError(
+                f"{path}: truncated TIFF, a directory would stand beyond its {size} bytes; copy or download it again"
+            ) from None
+        except ValueError as error:
             raise SlideError(f"{path}: truncated or damaged TIFF ({error}); copy or download it again") from None
     if not pages or HAMAMATSU in pages[0]:  # NDPI packs 64-bit places into 32-bit tags: left to its reader
         return Facts(colour=True, tiled=True, nested=False, sparse=False, extra=False)
