@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TileStatistics
+from numpy.typing import NDArray
 
-from wsi_brush.errors import SlideError
+from wsi_brush.errors import MachineError, SlideError
 from wsi_brush.reading import Readers
 from wsi_brush.regions import Damage, embed_lattices, readable_tissue
 from wsi_brush.slide import open_slide
-from wsi_brush.tiles import Read, Window
+from wsi_brush.tiles import BATCH, Read, Window
 from wsi_brush.tissue import find_tissue
 
 
@@ -59,6 +63,50 @@ def test_bad_tiles_are_nan_and_named(tissue_slide: Path) -> None:
         assert sorted(damage.cells[mpp]) == [(int(row), int(column)) for row, column in np.argwhere(lost)]
         expected = np.where(lost[..., None], np.float16(np.nan), good[mpp].values)
         assert np.array_equal(one.values, expected, equal_nan=True)
+
+
+class AtOnce(TileStatistics):
+    """The first call answers after the second has."""
+
+    at_once = 2
+
+    def __init__(self) -> None:
+        self.calls, self.second = itertools.count(), threading.Event()
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        call = next(self.calls)
+        assert call or self.second.wait(30)
+        found = super().__call__(tiles)
+        if call == 1:
+            self.second.set()
+        return found
+
+
+def test_calls_at_once_change_nothing(tissue_slide: Path) -> None:
+    slide, cores = open_slide(tissue_slide), torch.get_num_threads()
+    found = []
+    for encoder in (TileStatistics(), AtOnce()):
+        with Losing(slide) as readers:
+            one, damage = embed_lattices(
+                slide, slide.grid, find_tissue(slide), readers, encoder, (0.125,), strict=False, progress=None
+            )
+        found.append((one[0.125].values, damage.cells[0.125]))
+    assert np.isfinite(found[0][0]).any(axis=-1).sum() > 2 * BATCH
+    assert np.array_equal(found[0][0], found[1][0], equal_nan=True)
+    assert found[0][1] == found[1][1]
+    assert torch.get_num_threads() == cores
+
+
+def test_the_first_of_calls_at_once_that_fails_ends_it(tissue_slide: Path) -> None:
+    class Failing(TileStatistics):
+        at_once = 2
+
+        def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+            raise MachineError("out of memory")
+
+    slide = open_slide(tissue_slide)
+    with Readers(slide) as readers, pytest.raises(MachineError, match="out of memory"):
+        embed_lattices(slide, slide.grid, find_tissue(slide), readers, Failing(), (0.5,), strict=False, progress=None)
 
 
 def test_a_long_list_is_cut_and_counted() -> None:

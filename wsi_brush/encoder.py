@@ -113,6 +113,11 @@ class Encoder:
         return self._device
 
     @property
+    def at_once(self) -> int:
+        """Calls that it gains by being given at once: cores do not wait for one another, a GPU not for copies."""
+        return 2 if self._device.type == "cuda" or torch.get_num_threads() > 1 else 1
+
+    @property
     def terms(self) -> dict[str, str | None]:
         """Its licence, and what its terms ask of what is made from its embeddings: it stands in stores and brushes."""
         return {"licence": self.about.licence, "outputs": self.about.outputs}

@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
@@ -120,6 +121,23 @@ def wait_for(device: torch.device) -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def side_by_side(count: int) -> Iterator[Executor]:
+    """So many threads that compute with PyTorch, each on its share of the cores that this one has.
+
+    The cores of one computation wait for one another at the end of each layer, and all of them for one that reads a
+    slide meanwhile; those of two do not.
+    """
+    import torch
+
+    share = max(1, torch.get_num_threads() // count)
+    threads = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,))
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def keep_memory(largest: int | None = None) -> None:

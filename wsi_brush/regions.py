@@ -6,7 +6,9 @@ places, and a bad tile keeps its place in its batch.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from .blocks import Blocks
 from .errors import SlideError
 from .grid import Grid
+from .machine import side_by_side
 from .reading import Readers
 from .slide import Slide
 from .store import EmbeddingMap
@@ -32,7 +35,10 @@ Progress = Callable[[int, int], None]
 
 
 class TileEncoder(Protocol):
-    """What embedding asks of an encoder (`encoder.Encoder` is one)."""
+    """What embedding asks of an encoder (`encoder.Encoder` is one).
+
+    One that computes with PyTorch may also say how many calls `at_once` it bears and gains by; without, it is one.
+    """
 
     @property
     def name(self) -> str:
@@ -111,12 +117,11 @@ def embed_lattices(
         done = len(rows)
         if strict and damage:
             raise SlideError(f"{slide.path}: {len(damage)} tiles could not be read before this run was killed")
-    for batch in batches(readers.read(without_first(order(), done)), encoder.tile):
+    for batch, rows in _embedded(slide, encoder, batches(readers.read(without_first(order(), done)), encoder.tile)):
         if batch.bad:
             damage.why = damage.why or next(iter(batch.bad.values()))
             if strict:
                 raise SlideError(damage.why)
-        rows = _vectors(slide, encoder, batch)
         put(rows, batch.runs)
         if blocks is not None:
             blocks.add(rows)
@@ -124,6 +129,26 @@ def embed_lattices(
         if progress is not None:
             progress(done, total)
     return {mpp: EmbeddingMap(mpp, lattices[mpp], one) for mpp, one in values.items()}, damage
+
+
+def _embedded(
+    slide: Slide, encoder: TileEncoder, found: Iterable[Batch]
+) -> Iterator[tuple[Batch, NDArray[np.float16]]]:
+    """Batches and their embeddings, in order; as many are under way as the encoder gains by."""
+    count = getattr(encoder, "at_once", 1)
+    if count == 1:
+        for batch in found:
+            yield batch, _vectors(slide, encoder, batch)
+        return
+    with side_by_side(count) as threads:
+        asked: deque[tuple[Batch, Future[NDArray[np.float16]]]] = deque()
+        for batch in found:
+            asked.append((batch, threads.submit(_vectors, slide, encoder, batch)))
+            if len(asked) > count:  # one more than are computed: no thread waits for a slide
+                batch, rows = asked.popleft()
+                yield batch, rows.result()
+        for batch, rows in asked:
+            yield batch, rows.result()
 
 
 def _vectors(slide: Slide, encoder: TileEncoder, batch: Batch) -> NDArray[np.float16]:

@@ -60,8 +60,8 @@ class Read:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tiles (n, tile, tile, 3) that are good until the next batch is asked for, the pitch and the cells of each run of
-    them, and why those that are bad (black here) cannot be read."""
+    """Tiles (n, tile, tile, 3), the pitch and the cells of each run of them, and why those that are bad (black here)
+    cannot be read."""
 
     tiles: NDArray[np.uint8]
     runs: list[tuple[float, NDArray[np.intp]]]
@@ -107,7 +107,7 @@ def batches(found: Iterable[Read], tile: int, *, size: int = BATCH) -> Iterator[
             filled, start = filled + stop - start, stop
             if filled == size:
                 yield Batch(room, runs, bad)
-                runs, bad, filled = [], {}, 0
+                room, runs, bad, filled = np.empty_like(room), [], {}, 0
     if filled:
         yield Batch(room[:filled], runs, bad)
 

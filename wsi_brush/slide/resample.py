@@ -21,8 +21,8 @@ Source = Callable[[int, int, int, int], NDArray[np.uint8]]
 """(top, left, height, width) inside the source -> (height, width, 3)."""
 
 STRIP = 1 << 22  # source pixels held at once: 12 MB of uint8, and a decoder still sees whole rows of tiles
-BAND = 64  # output rows averaged at once: they are turned around in the cache, which halves the time
-CACHED = 1 << 18  # numbers added at once: they stay near the processor from tap to tap
+BAND = 32  # output rows averaged at once: they are turned around in the cache, which halves the time
+CACHED = 1 << 16  # numbers added at once: they stay near the processor from tap to tap
 
 
 @dataclass(frozen=True)
@@ -114,17 +114,19 @@ def _average(pixels: NDArray[np.uint8], rows: Taps, columns: Taps) -> NDArray[np
     """(source rows, source columns, 3) -> (rows, columns, 3), first down, then across."""
     height, width, _ = pixels.shape
     ink = np.subtract(255, pixels, dtype=np.uint8).reshape(height, width * 3)
-    down = _add_taps(ink, rows).view("V12")  # a colour of 3 x float32 moves as one thing: twice as fast
+    down = _add_taps(ink, rows).view("V12")  # a colour moves as one thing: twice as fast
     across = _add_taps(np.ascontiguousarray(down.T).view(np.float32), columns)
-    colour = np.subtract(255, np.rint(across, out=across)).astype(np.uint8)
-    return colour.reshape(len(columns), len(rows), 3).transpose(1, 0, 2)
+    colour = np.empty(across.shape, np.uint8)
+    np.subtract(255, np.rint(across, out=across), out=colour, casting="unsafe")  # whole numbers
+    turned = colour.reshape(len(columns), len(rows), 3).view("V3").transpose(1, 0, 2)
+    return np.ascontiguousarray(turned).view(np.uint8)
 
 
 def _add_taps(lines: NDArray[np.uint8] | NDArray[np.float32], taps: Taps) -> NDArray[np.float32]:
     """Weighted sums of lines (n, m) -> (len(taps), m). No reduction of numpy: its order follows the shape."""
     start, breadth = taps.start - taps.span[0], lines.shape[1]
     step = min(len(taps), max(1, CACHED // breadth))
-    total = np.zeros((len(taps), breadth), np.float32)
+    total = np.empty((len(taps), breadth), np.float32)
     taken, product = np.empty((step, breadth), lines.dtype), np.empty((step, breadth), np.float32)
     for i in range(0, len(taps), step):
         part = total[i : i + step]
@@ -132,5 +134,8 @@ def _add_taps(lines: NDArray[np.uint8] | NDArray[np.float32], taps: Taps) -> NDA
             # A clipped place has weight 0: adding nothing changes no bit.
             line = np.take(lines, start[i : i + step] + t, axis=0, mode="clip", out=taken[: len(part)])
             weight = taps.weights[i : i + step, t, None]
-            part += np.multiply(line, weight, dtype=np.float32, out=product[: len(part)])
+            if t:
+                part += np.multiply(line, weight, dtype=np.float32, out=product[: len(part)])
+            else:
+                np.multiply(line, weight, dtype=np.float32, out=part)
     return total
