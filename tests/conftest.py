@@ -318,6 +318,12 @@ def make_brush(
 
 
 @pytest.fixture(scope="session")
+def brush() -> Any:
+    """A tiny brush for `TileStatistics`; no test may change it."""
+    return make_brush(dim=TileStatistics.dim, tile=TileStatistics.tile, encoder=TileStatistics.name)
+
+
+@pytest.fixture(scope="session")
 def tiny_brush(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny brush for the bundled encoder, on disk; no test may change it."""
     import json

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import zarr
-from conftest import TileStatistics, make_brush
+from conftest import TileStatistics
 from numpy.typing import NDArray
 
 from wsi_brush import commit, encoder, sides
@@ -38,12 +38,6 @@ CANARY = "Ramona^Testcase"
 ENCODER = cast(Encoder, TileStatistics())
 PAINTING = Painting(size=96, seed=2, steps=5, guidance=1.0)
 Words = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def brush() -> Brush:
-    made: Brush = make_brush(dim=ENCODER.dim, tile=ENCODER.tile, encoder="statistics")
-    return made
 
 
 @pytest.fixture(scope="module")

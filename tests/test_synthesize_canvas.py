@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from conftest import TileStatistics, make_brush
+from conftest import TileStatistics
 from numpy.typing import NDArray
 
 from wsi_brush.brush import Brush, save_brush
@@ -29,12 +29,6 @@ from wsi_brush.synthesize import as_pixels, save_painted, synthesize_canvas
 
 GRID, ENCODER = Grid(0.5, 48, 32, 160, 200), TileStatistics()
 PAINTING = Painting(seed=2, steps=5, guidance=1.0, mpp=4.0)  # the pitch is the canvas's
-
-
-@pytest.fixture(scope="module")
-def brush() -> Brush:
-    made: Brush = make_brush(dim=ENCODER.dim, tile=ENCODER.tile, encoder="statistics")
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -170,10 +170,7 @@ def synthesize_slide(
     Raises:
         UsageError, SlideError, RefusedError, MachineError: one line each, before the hours of work where possible.
     """
-    start = time.monotonic()
-    target = Path(target)
-    check_precision(painting.precision, find_device(painting.device))
-    check_asked(brush, None, client)
+    start, target = time.monotonic(), _asked(target, painting, brush, None, client)
     ladder = brush.ladder.starting_at(painting.mpp)
     if brush.about["fingerprint"] != encoder.fingerprint:
         raise UsageError(
@@ -231,10 +228,7 @@ def synthesize_embeddings(
     Raises:
         UsageError, RefusedError, MachineError: one line each, before the hours of work where possible.
     """
-    start = time.monotonic()
-    target = Path(target)
-    check_precision(painting.precision, find_device(painting.device))
-    check_asked(brush, None, client)
+    start, target = time.monotonic(), _asked(target, painting, brush, None, client)
     one = followed if isinstance(followed, Followed) else follow([followed], brush=brush)
     one.check_brush(brush)
     area = whole(canvas := choose_canvas(one, painting, one.tissue), brush.ladder.starting_at(painting.mpp))
@@ -259,10 +253,7 @@ def synthesize_label(
     Raises:
         UsageError, RefusedError, MachineError: one line each, before the hours of work where possible.
     """
-    start = time.monotonic()
-    target = Path(target)
-    check_precision(painting.precision, find_device(painting.device))
-    check_asked(brush, label, client)
+    start, target = time.monotonic(), _asked(target, painting, brush, label, client)
     assert brush.labels is not None
     known, area = brush.labels, whole(canvas := label_canvas(painting), brush.ladder.starting_at(painting.mpp))
     check_target(target, kind=KIND, overwrite=overwrite)
@@ -286,10 +277,7 @@ def synthesize_canvas(
     Raises:
         UsageError, RefusedError, MachineError: one line each, before the hours of work where possible.
     """
-    start = time.monotonic()
-    target = Path(target)
-    check_precision(painting.precision, find_device(painting.device))
-    check_asked(brush, None, client)
+    start, target = time.monotonic(), _asked(target, painting, brush, None, client)
     drawn = canvas if isinstance(canvas, Canvas) else Canvas.load(canvas)
     drawn.check_brush(brush.about["encoder"], brush.about["fingerprint"], brush.pitches)
     painting, digest = replace(painting, mpp=drawn.grid.mpp), drawn.fingerprint
@@ -328,6 +316,13 @@ def _drawn(canvas: Canvas, painting: Painting, brush: Brush) -> dict[str, Any]:
         "encoder_fingerprint": canvas.encoder_fingerprint,
         "canvas": {"fingerprint": canvas.fingerprint, "strokes": len(canvas.strokes)},
     }
+
+
+def _asked(target: Path | str, painting: Painting, brush: Brush, label: str | None, client: Client | None) -> Path:
+    """The target, if machine and brush can do what is asked for."""
+    check_precision(painting.precision, find_device(painting.device))
+    check_asked(brush, label, client)
+    return Path(target)
 
 
 def _paint(
