@@ -16,7 +16,7 @@ ROWS[3] = np.nan
 
 def keep(folder: Path, counts: tuple[int, ...] = (4, 3, 5)) -> list[Path]:
     kept, start = Blocks(folder, 5, seconds=0), 0
-    assert kept.load() == []
+    assert list(kept.load()) == []
     for count in counts:
         kept.add(ROWS[start : start + count])
         start += count
@@ -45,7 +45,7 @@ def test_damage_costs_what_follows_it(tmp_path: Path, victim: int, how: str) -> 
     assert back(tmp_path).tobytes() == ROWS[:kept].tobytes()
     assert len(list(tmp_path.iterdir())) == victim
     again = Blocks(tmp_path, 5, seconds=0)
-    again.load()
+    list(again.load())
     again.add(ROWS[kept:])
     assert back(tmp_path).tobytes() == ROWS.tobytes()
 
@@ -68,6 +68,6 @@ def test_many_rows_do_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_short_work_writes_nothing(tmp_path: Path) -> None:
     kept = Blocks(tmp_path, 5)
-    kept.load()
+    list(kept.load())
     kept.add(ROWS)
     assert list(tmp_path.iterdir()) == []

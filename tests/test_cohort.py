@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,36 @@ def test_what_is_written_beside_the_stores(tmp_path: Path) -> None:
     assert events[-1] == ("end", None)
 
 
+def test_a_store_that_the_ledger_does_not_know_is_counted(tmp_path: Path) -> None:
+    slides, out, moved = draw(tmp_path / "slides", 1), tmp_path / "out", tmp_path / "moved"
+    embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
+    moved.mkdir()
+    shutil.copytree(out / "slide00.zarr", moved / "slide00.zarr")
+    (report,) = embed_slides([slides], moved, encoder=ColourEncoder(), assume_mpp=0.5)
+    assert report.status == "unchanged"
+    assert table(moved)["slide00"] == table(out)["slide00"] | {"seconds": "0.0"}
+    assert json.loads((moved / ledger.MANIFEST).read_text("utf-8"))["slides"] == {"done": 1}
+
+
+def test_a_refusal_leaves_what_is_written_down_of_a_finished_store(tmp_path: Path) -> None:
+    slides, out = draw(tmp_path / "slides", 2), tmp_path / "out"
+    embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
+    before, seen = table(out), []
+    refused = embed_slides([slides], out, encoder=ColourEncoder(), force_mpp=0.25, progress=seen.append)
+    assert [(report.status, report.exit_code, report.tiles) for report in refused] == [("failed", 4, 0)] * 2
+    assert "mpp was 0.5, is 0.25" in refused[0].message
+    assert (seen[-1].failed, seen[-1].tiles) == (2, 0)
+    assert table(out) == before
+    assert "made otherwise" in next(line["error"] for line in log(out) if line["event"] == "failed")
+    again = embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
+    assert [report.status for report in again] == ["unchanged"] * 2
+    assert table(out) == before
+    shutil.rmtree(out / "slide00.zarr")
+    (slides / "slide00.png").write_text("no slide")
+    embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
+    assert [row["status"] for row in table(out).values()] == ["failed", "done"]
+
+
 def test_other_parameters_are_refused_before_a_slide_is_opened(tmp_path: Path) -> None:
     slides, out = draw(tmp_path / "slides", 1), tmp_path / "out"
     embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
@@ -180,6 +211,19 @@ def test_two_processes_embed_each_slide_once(tmp_path: Path) -> None:
             assert at.pop(line["slide"]) == line["process"]
     assert not at
     assert {row["status"] for row in table(out).values()} == {"done"}
+
+
+def test_two_may_begin_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, now = tmp_path / "out", ledger.Ledger._now
+
+    def late(self: ledger.Ledger) -> int:
+        monkeypatch.undo()
+        ledger.Ledger(out, {"dim": 1}, about={}).log("run")
+        return now(self)
+
+    monkeypatch.setattr(ledger.Ledger, "_now", late)
+    ledger.Ledger(out, {"dim": 1}, about={}).log("run")
+    assert [line["event"] for line in log(out)] == ["run", "run"]
 
 
 def test_what_another_process_has_is_left_to_it(tmp_path: Path) -> None:

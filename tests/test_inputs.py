@@ -202,8 +202,10 @@ class TestTables:
             ("path,mpp\nb.svs,inf\n", "row 2: mpp inf"),
             ("path,mpp\nb.svs,20x\n", "row 2: mpp 20x"),
             ("path,mpp\nb.svs,500\n", "row 2: mpp 500"),
-            ("path,id\nb.svs,a/b\n", "row 2: id a/b cannot name a store"),
-            ("path,id\nb.svs,..\n", r"row 2: id \.\. cannot"),
+            ("path,id\nb.svs,a/b\n", "row 2: id 'a/b' cannot name a store"),
+            ('path,id\nb.svs,"a\nb"\n', r"row 2: id 'a\\nb' cannot"),
+            (f"path,id\nb.svs,{'x' * 141}\n", "cannot name a store; expected at most 140 bytes"),
+            ("path,id\nb.svs,..\n", r"row 2: id '\.\.' cannot"),
             ("path\ndeep\n\n.\n", r"row 4: .* is a folder of 4 slides"),
             ("path,mpp\nb.svs,1\n./b.svs,2\n", "row 3: the slide of .*row 2 again"),
             ("slide,mpp\nb.svs,1\n", "its first row is 'slide,mpp'; expected a column path"),
@@ -291,3 +293,13 @@ class TestNames:
             plain = [slide_name(path) for path in paths]
             for path, name in zip(paths, plain, strict=True):
                 assert (expected[path] == name) == (plain.count(name) == 1)
+
+
+def test_a_name_as_long_as_a_file_may_have_is_cut_and_can_be_embedded(picture: Path, tmp_path: Path) -> None:
+    for last in "ab":
+        picture.with_name("Я" * 124 + f"{last}.png").write_bytes(picture.read_bytes())
+    names = [one.name for one in find_inputs([picture.parent])]
+    assert len(set(names)) == 3
+    assert [name.startswith("Я" * 70 + "-") for name in names] == [False, True, True]
+    reports = embed_slides([picture.parent], tmp_path / "out", encoder=ColourEncoder(), assume_mpp=0.5)
+    assert [report.status for report in reports] == ["done"] * 3

@@ -5,8 +5,14 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+
+from wsi_brush.machine import on_cores, side_by_side
 
 MEASURE = """
 import sys
@@ -33,3 +39,36 @@ def test_memory_is_kept_or_goes_back(largest: int) -> None:
     most, after = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert most > 60
     assert (after < 8) == bool(largest)
+
+
+def test_side_by_side_is_in_order_by_threads_that_share_the_cores() -> None:
+    with on_cores(4):
+        both = threading.Barrier(2)
+
+        def work(item: int) -> int:
+            both.wait(30)
+            time.sleep(0.02 * (item % 2 == 0))  # the second of two ends first
+            return torch.get_num_threads()
+
+        assert list(side_by_side(work, range(6), threads=2, cores=None)) == [(item, 2) for item in range(6)]
+        assert list(side_by_side(lambda item: torch.get_num_threads(), range(6))) == [(item, 1) for item in range(6)]
+        assert torch.get_num_threads() == 4
+        with ThreadPoolExecutor(1) as later:  # what begins afterwards has all of them
+            assert later.submit(torch.get_num_threads).result() == 4
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_after_an_error_only_the_patient_wait(patient: bool) -> None:
+    ended, may_end = threading.Event(), threading.Event()
+
+    def work(item: int) -> None:
+        if item == 0:
+            raise KeyboardInterrupt
+        may_end.wait(0.5 if patient else 30)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        list(side_by_side(work, range(3), threads=2, patient=patient))
+    assert ended.is_set() == patient
+    may_end.set()
+    assert ended.wait(30)

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +36,17 @@ class Blocks:
         self._waiting = 0  # rows of it
         self._start, self._written = 0, time.monotonic()
 
-    def load(self) -> list[NDArray[np.float16]]:
-        """The rows that were kept, from the first one on, without a gap; what cannot be joined to them is removed."""
-        found: list[NDArray[np.float16]] = []
+    def load(self) -> Iterator[NDArray[np.float16]]:
+        """The rows that were kept, a file at a time from the first one on, without a gap; what cannot be joined to them
+        is removed. To the end, before rows are added."""
         for path in sorted(self._folder.glob("state-*")):
             start, digest = (*path.stem.split("-"), "")[1:3]
             rows = self._read(path, digest) if start == _number(self._start) else None
             if rows is None:
                 path.unlink()
                 continue
-            found.append(rows)
             self._start += len(rows)
-        return found
+            yield rows
 
     def add(self, rows: NDArray[np.float16]) -> None:
         """Rows that follow those that are there."""

@@ -22,7 +22,7 @@ from .embed import (
     embed_slide,
     terms_of,
 )
-from .errors import MachineError, SlideError, UsageError, WsiBrushError
+from .errors import MachineError, RefusedError, SlideError, UsageError, WsiBrushError
 from .inputs import Input, find_inputs
 from .ledger import Ledger
 from .probe import probe
@@ -83,11 +83,11 @@ class Pace:
             return
         self._ended.add(name)
         self.standing.ended += 1
-        self.standing.failed += row["status"] == "failed"
+        self.standing.failed += row["now"] == "failed"
         self.standing.slide, self.standing.here = one.path.name, (1, 1)
         if row["now"] == "unchanged":
             self._free += self._sizes[name]
-        else:
+        elif row["now"] != "failed":
             self.standing.tiles += int(row["tiles"])
         self._tell(0, 0.0)
 
@@ -222,8 +222,8 @@ def embed_claimed(
         tell = None if pace is None else (lambda done, total: pace.tile(one, done, total))
         row = _row(name, _embed(path, name, ledger.out, encoder, progress=tell, **options), ledger.row(name))
         ledger.put(row)
-        facts = {key: row[key] for key in ("tiles", "bad_tiles", "seconds", "error")}
-        ledger.log(row["now"], name, **facts)
+        facts = {key: row[key] for key in ("tiles", "bad_tiles", "seconds")}
+        ledger.log(row["now"], name, **facts, error=row["message"] if row["exit_code"] else "")
         return row
 
 
@@ -247,16 +247,16 @@ def failed_row(path: Path, name: str, line: str) -> dict[str, Any]:
 
 
 def _row(name: str, report: SlideReport, before: dict[str, Any] | None) -> dict[str, Any]:
-    """What is written down of a report. Of a store that was there already, what was written down when it was made."""
-    status, tiles, bad, seconds = report.status, report.tiles, report.bad_tiles, report.seconds
+    """What is written down of a report: what its store holds, which a run that changed nothing of it did not make."""
+    status, tiles, bad, seconds, error = report.status, report.tiles, report.bad_tiles, report.seconds, ""
+    made = before is not None and before["status"] in ("done", "empty")
     if status == "unchanged":
-        if before is not None and before["status"] in ("done", "empty"):
-            status, tiles, bad, seconds = (before[key] for key in ("status", "tiles", "bad_tiles", "seconds"))
-        else:
-            about = read_manifest(report.store) or {}
-            tiles = sum(about.get("tiles", {}).values())
-            status = "done" if tiles else "empty"
-    return {
+        about = (read_manifest(report.store) or {}).get("about", {})
+        tiles = sum(about.get("tiles", {}).values())
+        status, seconds = "done" if tiles else "empty", before["seconds"] if before and made else 0.0
+    elif status == "failed":
+        error = report.message
+    row = {
         "id": name,
         "path": str(report.path),
         "status": status,
@@ -265,11 +265,18 @@ def _row(name: str, report: SlideReport, before: dict[str, Any] | None) -> dict[
         "mpp": report.mpp,
         "mpp_source": report.mpp_source,
         "seconds": round(seconds, 3),
-        "error": report.message if report.exit_code else "",
-        "now": report.status,
-        "message": report.message,
-        "exit_code": report.exit_code,
+        "error": error,
     }
+    if before and made and status == "failed" and _whole(report.store):
+        row = {key: before[key] for key in row}  # a refusal leaves the store, and what is known of it, as they are
+    return row | {"now": report.status, "message": report.message, "exit_code": report.exit_code}
+
+
+def _whole(store: Path) -> bool:
+    try:
+        return read_manifest(store) is not None
+    except RefusedError:
+        return False
 
 
 def report_of(path: Path, name: str, out: Path | str, row: dict[str, Any] | None) -> SlideReport:
@@ -277,7 +284,7 @@ def report_of(path: Path, name: str, out: Path | str, row: dict[str, Any] | None
     store = Path(out) / f"{name}.zarr"
     if row is None:
         return SlideReport(path, store, ELSEWHERE, message="another process is at it")
-    new = row["now"] != "unchanged"
+    new = row["now"] == row["status"]
     return SlideReport(
         path, store, row["now"], row["tiles"] if new else 0, row["seconds"] if new else 0.0, row["mpp"],
         row["mpp_source"], row["message"], row["exit_code"], row["bad_tiles"],

@@ -13,11 +13,12 @@ from .denoiser import NODE
 from .embed import TileEncoder
 from .encoder import Encoder
 from .grid import Grid
-from .machine import check_precision, find_device, wait_for
+from .machine import check_precision, find_device, side_by_side, wait_for
 from .progress import Tell
+from .regions import at_once
 from .stages import Painting, budget, guidance_at, stages, whole
 from .store import EmbeddingMap
-from .stream import CanvasDenoiser, Seen, side_by_side, threads_for, tiles_of
+from .stream import CanvasDenoiser, Seen, threads_for, tiles_of
 
 
 def painting_seconds(brush: Brush, canvas: Grid, painting: Painting, *, tell: Tell | None = None) -> float:
@@ -99,10 +100,10 @@ def embedding_seconds(encoder: Encoder, brush: Brush, canvas: Grid) -> float:
 
 
 def encoder_seconds(encoder: TileEncoder, tiles: float, *, batch: int = 64) -> float:
-    """Seconds of the encoder for so many tiles: a batch of blank ones is timed, after one that warms up."""
-    blank = np.zeros((batch, encoder.tile, encoder.tile, 3), np.uint8)
-    encoder(blank)
-    return _seconds(lambda: encoder(blank)) * tiles / batch
+    """Seconds of the encoder for so many tiles: two batches of blank ones are timed, after two that warm up."""
+    blank = [np.zeros((batch, encoder.tile, encoder.tile, 3), np.uint8)] * 2
+    list(at_once(encoder, encoder, blank))
+    return _seconds(lambda: list(at_once(encoder, encoder, blank))) * tiles / (2 * batch)
 
 
 def _embeddings(brush: Brush, canvas: Grid) -> dict[float, EmbeddingMap]:

@@ -31,6 +31,7 @@ SUFFIXES = frozenset(
 
 _INDICES = frozenset((".vms", ".vmu"))  # of Hamamatsu: texts that list the files of a slide
 _INDEX = 1 << 20  # bytes of one that are read
+_LONGEST = 140  # bytes of a name: work folders and claims are called after it too, and file systems end at 255
 _PATTERN = re.compile(r"[*?\[]")
 
 
@@ -62,8 +63,8 @@ def find_inputs(words: Iterable[Path | str]) -> list[Input]:
 
     The name is the table's id, else the file's without its endings (`slide_name`); of a DICOM series that has a folder
     to itself, the folder's. Where several have one name, those without an id get a dash and 8 hexadecimal digits:
-    SHA-256 of their real path. Of a slide and links to it the slide gives the name. So a name depends on what it is
-    given with, and never on the order.
+    SHA-256 of their real path; so does a name of more than 140 bytes, of which the first are kept. Of a slide and links
+    to it the slide gives the name. So a name depends on what it is given with, and never on the order.
 
     Raises:
         UsageError: if a folder holds no slides, a pattern finds none, or a table has a row that is not right.
@@ -86,9 +87,12 @@ def find_inputs(words: Iterable[Path | str]) -> list[Input]:
     count = Counter(names)
     found = []
     for (place, one), name in zip(meant.items(), names, strict=True):
-        alone = one.id or count[name] == 1
         digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
-        found.append(Input(one.path, name if alone else f"{name}-{digest}", one.mpp))
+        if len(long := os.fsencode(name)) > _LONGEST:
+            name = f"{long[:_LONGEST].decode('utf-8', 'ignore')}-{digest}"
+        elif not one.id and count[name] > 1:
+            name = f"{name}-{digest}"
+        found.append(Input(one.path, name, one.mpp))
     return found
 
 
@@ -235,8 +239,11 @@ class _Search:
             if len(slides) != 1:
                 raise UsageError(f"{where}: {path} is a folder of {len(slides)} slides; expected one slide a row")
             name = row.get("id", "")
-            if re.search(r"[/\\\0]", name) or name.startswith("."):
-                raise UsageError(f"{where}: id {name} cannot name a store; expected no slashes and no dot in front")
+            if re.search(r"[/\\\x00-\x1f]", name) or name.startswith(".") or len(os.fsencode(name)) > _LONGEST:
+                raise UsageError(
+                    f"{where}: id {name[:40]!r} cannot name a store; expected at most {_LONGEST} bytes, no slashes or "
+                    "line breaks, and no dot in front"
+                )
             yield _Meant(slides[0], where, name, _positive(row.get("mpp", ""), where))
 
 

@@ -72,7 +72,6 @@ class Ledger:
         self.out, self._box = out, out / FOLDER
         self._parameters, self._about = json.loads(json.dumps(parameters)), about
         self._published = time.monotonic()
-        new = not out.exists()
         try:
             for name in ("rows", "claims"):
                 (self._box / name).mkdir(parents=True, exist_ok=True)
@@ -80,11 +79,11 @@ class Ledger:
         except OSError as error:
             raise MachineError(f"{out}: cannot be written to ({error.strerror}); choose another output") from None
         with full_disk_said(out), self._alone("table"):
-            self._begin(overwrite=overwrite, new=new)
+            self._begin(overwrite=overwrite)
 
-    def _begin(self, *, overwrite: bool, new: bool) -> None:
+    def _begin(self, *, overwrite: bool) -> None:
         path, before = self.out / MANIFEST, None
-        if path.exists() and not new:
+        if path.exists():
             with contextlib.suppress(OSError, ValueError):
                 before = json.loads(path.read_text("utf-8"))
             if not isinstance(before, dict) or before.get("kind") != KIND:

@@ -10,17 +10,21 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from .errors import MachineError, UsageError
 
 if TYPE_CHECKING:
     import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux says what a container may use."""
@@ -124,20 +128,54 @@ def wait_for(device: torch.device) -> None:
 
 
 @contextmanager
-def side_by_side(count: int) -> Iterator[Executor]:
-    """So many threads that compute with PyTorch, each on its share of the cores that this one has.
+def on_cores(count: int) -> Iterator[None]:
+    """PyTorch computes on so many cores in this thread, and in those that begin meanwhile."""
+    import torch
 
-    The cores of one computation wait for one another at the end of each layer, and all of them for one that reads a
-    slide meanwhile; those of two do not.
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def side_by_side(
+    work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None, cores: int | None = 1,
+    patient: bool = True,
+) -> Iterator[tuple[Item, Result]]:  # fmt: skip
+    """`work` on every item, in order, by so many threads, by default as PyTorch has cores; each has so many cores, or
+    an equal share of them (None).
+
+    Two threads with an item each do more than two cores inside every operator (1.6 times as much of a painting), for
+    they never wait for each other, nor both for what else runs on a core. After an error or Ctrl-C only the `patient`
+    wait for work that is under way; its result is nobody's.
     """
     import torch
 
-    share = max(1, torch.get_num_threads() // count)
-    threads = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,))
-    try:
-        yield threads
-    finally:
-        threads.shutdown(cancel_futures=True)
+    there = torch.get_num_threads()
+    count = threads or there
+    cores = cores or max(1, there // count)
+    with on_cores(cores):
+        if count == 1 and threads is None:
+            yield from ((item, work(item)) for item in items)
+            return
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
+        pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(cores,))
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) > count + 1:  # no more results than are being written
+                    yield _first_of(waiting)
+            while waiting:
+                yield _first_of(waiting)
+        finally:
+            pool.shutdown(wait=patient, cancel_futures=True)
+
+
+def _first_of(waiting: deque[tuple[Item, Future[Result]]]) -> tuple[Item, Result]:
+    item, result = waiting.popleft()
+    return item, result.result()
 
 
 def keep_memory(largest: int | None = None) -> None:

@@ -23,7 +23,7 @@ from .diffusion import Move, finer, ramped
 from .errors import UsageError
 from .field import NoiseField
 from .grid import Grid
-from .machine import check_precision, find_device, full_device_said, release_memory
+from .machine import check_precision, find_device, full_device_said, release_memory, side_by_side
 from .progress import StoppedError, Tell, Told
 from .scratch import CHUNK, Plane, Work, check_room, new_plane
 from .stages import (
@@ -41,7 +41,7 @@ from .stages import (
     whole,
 )
 from .store import EmbeddingMap
-from .stream import CanvasDenoiser, on_host, read_plane, side_by_side, threads_for, tiles_of
+from .stream import CanvasDenoiser, on_host, read_plane, threads_for, tiles_of
 
 SAVE_EVERY = 60.0
 """Seconds between two generations on disk of a state that is in memory."""

@@ -6,10 +6,9 @@ places, and a bad tile keeps its place in its batch.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from .blocks import Blocks
 from .errors import SlideError
 from .grid import Grid
-from .machine import side_by_side
+from .machine import Item, Result, side_by_side
 from .reading import Readers
 from .slide import Slide
 from .store import EmbeddingMap
@@ -111,13 +110,13 @@ def embed_lattices(
                 damage.cells.setdefault(mpp, []).extend((int(row), int(column)) for row, column in bad)
 
     done = 0
-    if blocks is not None and (kept := blocks.load()):
-        rows = np.concatenate(kept)
-        put(rows, ((window.grid.mpp, window.cells) for window in order()))
-        done = len(rows)
-        if strict and damage:
-            raise SlideError(f"{slide.path}: {len(damage)} tiles could not be read before this run was killed")
-    for batch, rows in _embedded(slide, encoder, batches(readers.read(without_first(order(), done)), encoder.tile)):
+    for rows in () if blocks is None else blocks.load():
+        put(rows, ((window.grid.mpp, window.cells) for window in without_first(order(), done)))
+        done += len(rows)
+    if strict and damage:
+        raise SlideError(f"{slide.path}: {len(damage)} tiles could not be read before this run was killed")
+    read = batches(readers.read(without_first(order(), done)), encoder.tile)
+    for batch, rows in at_once(encoder, partial(_vectors, slide, encoder), read):
         if batch.bad:
             damage.why = damage.why or next(iter(batch.bad.values()))
             if strict:
@@ -131,24 +130,14 @@ def embed_lattices(
     return {mpp: EmbeddingMap(mpp, lattices[mpp], one) for mpp, one in values.items()}, damage
 
 
-def _embedded(
-    slide: Slide, encoder: TileEncoder, found: Iterable[Batch]
-) -> Iterator[tuple[Batch, NDArray[np.float16]]]:
-    """Batches and their embeddings, in order; as many are under way as the encoder gains by."""
+def at_once(
+    encoder: TileEncoder, work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """What `work`, which asks the encoder, makes of items, in order; as many are under way as the encoder gains by."""
     count = getattr(encoder, "at_once", 1)
     if count == 1:
-        for batch in found:
-            yield batch, _vectors(slide, encoder, batch)
-        return
-    with side_by_side(count) as threads:
-        asked: deque[tuple[Batch, Future[NDArray[np.float16]]]] = deque()
-        for batch in found:
-            asked.append((batch, threads.submit(_vectors, slide, encoder, batch)))
-            if len(asked) > count:  # one more than are computed: no thread waits for a slide
-                batch, rows = asked.popleft()
-                yield batch, rows.result()
-        for batch, rows in asked:
-            yield batch, rows.result()
+        return ((item, work(item)) for item in items)
+    return side_by_side(work, items, threads=count, cores=None, patient=False)
 
 
 def _vectors(slide: Slide, encoder: TileEncoder, batch: Batch) -> NDArray[np.float16]:

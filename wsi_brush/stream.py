@@ -4,7 +4,8 @@ Sweep A sketches every tile onto the nodes of the grid level; the grid level goe
 for the sums of its self-attention and once for features and global tokens; sweep B paints every tile. What is kept
 between them is one vector for every 32 x 32 pixels. Windows are grown by the operator's reach and cut at the canvas, so
 that a pixel is computed from the same numbers in the same order whatever the tile: results are the same bits for every
-tile size, order and number of threads.
+tile size, order and number of threads. A tile, and the grid level, is one core's: a matrix product adds in another
+order where a core gets fewer than four rows (seen with MKL).
 
 What is kept is the host's. The brush computes where its weights are: on a GPU a tile's window goes there, and what
 comes of it back; in between nobody waits for it, so that one thread reads windows while another writes results.
@@ -13,14 +14,11 @@ comes of it back; in between nobody waits for it, so that one thread reads windo
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,13 +31,10 @@ from .condition import ConditionMap
 from .denoiser import NODE, Around, TokenParts, node_mass
 from .errors import RefusedError
 from .grid import Grid
-from .machine import Precision, products
+from .machine import Precision, on_cores, products, side_by_side
 from .scratch import CHUNK, Plane, new_plane, open_plane
 from .splat import nodes
 from .store import EmbeddingMap
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 TILE = 1024
 """Side of a tile, pixels; a multiple of NODE."""
@@ -216,7 +211,7 @@ class _Asked:
     ) -> None:  # fmt: skip
         self._net, self._folder, self._device = brush.denoiser, folder, brush.device
         self._grid: Plane | None = None
-        with torch.inference_mode(), _alone():
+        with torch.inference_mode(), on_cores(1):
             origin = torch.tensor([corner], dtype=torch.float64, device=self._device)
             one = torch.ones(1, device=self._device)
             setting = self._net.setting(one, mpp, condition, origin=origin, known=one * known)
@@ -229,7 +224,7 @@ class _Asked:
 
     @torch.inference_mode()
     def at(self, sigma: float) -> None:
-        with _alone():
+        with on_cores(1):
             self.setting = self._net.at(self.setting, torch.full((1,), sigma, device=self._device))
 
     def open_features(self) -> None:
@@ -242,7 +237,7 @@ class _Asked:
         if self._grid is None:
             shape = (*nodes.shape[:2], 4 * self._net.config.width)
             self._grid = new_plane(shape, self._folder, "features", axes=(0, 1), chunk=STRIP)
-        with _alone():
+        with on_cores(1):
             self._lay_out(nodes, self._grid)
 
     def _lay_out(self, nodes: Plane, grid: Plane) -> None:
@@ -341,49 +336,6 @@ def tiles_of(shape: tuple[int, ...], side: int, *, threads: int | None = None) -
     while len(tiles := list(canvas.tiles(side))) < (threads or torch.get_num_threads()) and side % (2 * CHUNK) == 0:
         side //= 2
     return tiles
-
-
-def side_by_side(
-    work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None
-) -> Iterator[tuple[Item, Result]]:
-    """`work` on every item, in order, by so many threads, by default as torch has, each alone with its item.
-
-    Two threads with a tile each do 1.6 times the work of two threads inside every operator: they never wait for each
-    other. It also keeps the order of every addition, which a matrix product shared by threads does not.
-    """
-    count = threads or torch.get_num_threads()
-    with _alone():
-        if count == 1 and threads is None:
-            yield from ((item, work(item)) for item in items)
-            return
-        waiting: deque[tuple[Item, Future[Result]]] = deque()
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                for item in items:
-                    waiting.append((item, pool.submit(work, item)))
-                    if len(waiting) > count + 1:  # no more results than are being written
-                        yield _first_of(waiting)
-                while waiting:
-                    yield _first_of(waiting)
-            finally:
-                for _, result in waiting:
-                    result.cancel()
-
-
-def _first_of(waiting: deque[tuple[Item, Future[Result]]]) -> tuple[Item, Result]:
-    item, result = waiting.popleft()
-    return item, result.result()
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """One thread: a matrix product adds in another order where a thread gets fewer than four rows (seen with MKL)."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _own_nodes(tile: Grid, canvas: Grid) -> tuple[slice, slice]:

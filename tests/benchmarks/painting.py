@@ -31,12 +31,12 @@ from wsi_brush.diffusion import coefficients, moves, solve
 from wsi_brush.errors import MachineError
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
-from wsi_brush.machine import keep_memory, peak_memory
+from wsi_brush.machine import keep_memory, peak_memory, side_by_side
 from wsi_brush.paint import paint_canvas
 from wsi_brush.splat import nodes
 from wsi_brush.stages import Painting, kept
 from wsi_brush.store import EmbeddingMap
-from wsi_brush.stream import CanvasDenoiser, side_by_side
+from wsi_brush.stream import CanvasDenoiser
 
 
 def embeddings(brush: Brush, canvas: Grid) -> dict[float, EmbeddingMap]:

@@ -26,6 +26,7 @@ def plan_embedding(
     from ..cohort import cohort_of
     from ..embed import COVER, PITCHES
     from ..estimate import encoder_seconds
+    from ..machine import peak_memory
     from ..outlines import find_outlines, read_outlines
     from ..probe import probe
     from ..slide import open_slide
@@ -50,7 +51,7 @@ def plan_embedding(
         "unreadable": failed,
         "tiles": tiles,
         "time": f"about {minutes:.1f} minutes, and the reading",
-        "memory": "about 1 GB",
+        "memory": f"about {peak_memory() / 1e9:.1f} GB",  # the encoder has just been tried
         "disk": f"about {tiles * encoder.dim * 2 / 1e6:.0f} MB",
         "output": str(out),
     }
