@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--slides", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--brush", default="bundled")
+    parser.add_argument("--guidance", type=float, default=Painting.guidance)
     parser.add_argument("--judge", nargs="+", default=[], help="further encoders: names, or local safetensors files")
     parser.add_argument("--most", type=int, default=1536, help="tiles of a side and scale that are looked at")
     parser.add_argument("--copies", action="store_true")
@@ -76,8 +77,8 @@ def main() -> None:
         target = target_of(slide, arguments.work)
         if not target.exists():
             done = synthesize_slide(
-                slide.path, target, Painting(region=region, mpp=MPP), brush=brush, encoder=encoder,
-                assume_mpp=assume_mpp,
+                slide.path, target, Painting(region=region, mpp=MPP, guidance=arguments.guidance), brush=brush,
+                encoder=encoder, assume_mpp=assume_mpp,
             )  # fmt: skip
             print(f"{target.name}: {done.shape[0]} x {done.shape[1]} in {done.seconds:.0f} s", flush=True)
         real.append(slide)
