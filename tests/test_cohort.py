@@ -21,10 +21,10 @@ from PIL import Image
 from test_embed import ColourEncoder
 
 from wsi_brush import ledger
-from wsi_brush.cohort import Pace, Standing, as_shard, embed_slides
+from wsi_brush.cohort import Pace, Standing, as_shard, bury, embed_slides, open_ledger
 from wsi_brush.commit import sha256_of
 from wsi_brush.errors import RefusedError, UsageError
-from wsi_brush.inputs import Input
+from wsi_brush.inputs import Input, find_inputs
 
 SCRIPT = """
 import sys, time
@@ -155,6 +155,45 @@ def test_a_refusal_leaves_what_is_written_down_of_a_finished_store(tmp_path: Pat
     assert [row["status"] for row in table(out).values()] == ["failed", "done"]
 
 
+def test_a_slide_without_tissue_stays_empty(tmp_path: Path) -> None:
+    slides, out = tmp_path / "slides", tmp_path / "out"
+    slides.mkdir()
+    Image.new("RGB", (96, 96), "white").save(slides / "blank.png")
+    embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
+    before = table(out)
+    assert (before["blank"]["status"], before["blank"]["error"]) == ("empty", "")
+    for sizes in ({"assume_mpp": 0.5}, {"force_mpp": 0.25}):
+        embed_slides([slides], out, encoder=ColourEncoder(), **sizes)
+        assert table(out) == before
+    shutil.rmtree(out / ledger.FOLDER)
+    embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5, overwrite=True)
+    assert table(out) == {"blank": before["blank"] | {"seconds": "0.0"}}
+
+
+def test_a_store_that_is_damaged_is_written_down_as_failed(tmp_path: Path) -> None:
+    slides, out = draw(tmp_path / "slides", 1), tmp_path / "out"
+    embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
+    file = out / "slide00.zarr" / "zarr.json"
+    file.write_bytes(file.read_bytes()[:-3])
+    embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
+    assert table(out)["slide00"]["status"] == "failed"
+    assert "slide00.zarr" in table(out)["slide00"]["error"]
+
+
+def test_the_death_of_who_was_at_a_slide_is_written_down_unless_it_has_a_store(tmp_path: Path) -> None:
+    slides, out = draw(tmp_path / "slides", 2), tmp_path / "out"
+    embed_slides([slides / "slide00.png"], out, encoder=ColourEncoder(), assume_mpp=0.5)
+    before = table(out)["slide00"]
+    book = open_ledger(out, ColourEncoder(), outlines=None, overwrite=False)
+    for one in find_inputs([slides]):
+        bury(book, one, "the worker died")
+    book.publish()
+    rows = table(out)
+    assert rows["slide00"] == before
+    assert rows["slide01"]["error"] == f"{slides / 'slide01.png'}: the worker died"
+    assert [line["slide"] for line in log(out) if line["event"] == "failed"] == ["slide00", "slide01"]
+
+
 def test_other_parameters_are_refused_before_a_slide_is_opened(tmp_path: Path) -> None:
     slides, out = draw(tmp_path / "slides", 1), tmp_path / "out"
     embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
@@ -270,8 +309,10 @@ def test_the_standing_counts_slides_tiles_and_time(tmp_path: Path) -> None:
     pace = Pace(slides, seen.append)
     pace._start -= 100
     pace.end(slides[0], {"status": "done", "now": "unchanged", "tiles": 7})
+    pace.end(slides[0], {"status": "done", "now": "unchanged", "tiles": 7})
     assert (pace.standing.ended, pace.standing.tiles, pace.standing.left) == (1, 0, None)
     pace.tile(slides[1], 5, 10)
+    assert pace.standing.rate == pytest.approx(0.05, rel=0.05)
     assert pace.standing.here == (5, 10)
     assert pace.standing.share == pytest.approx(1.5 / 4, rel=0.05)
     assert pace.standing.left == pytest.approx(2.5 / 0.5 * 100, rel=0.05)

@@ -20,6 +20,7 @@ from wsi_brush.backbone import ConvolutionalStem
 from wsi_brush.commit import sha256_of
 from wsi_brush.encoder import BUNDLED, JUDGE, MICRO_BATCH, Encoder, load_encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
+from wsi_brush.machine import on_cores
 
 SIDE = 48
 
@@ -110,6 +111,12 @@ def test_a_tile_has_the_same_bits_on_one_thread_and_two(tiny: Encoder) -> None:
     finally:
         torch.set_num_threads(before)
     np.testing.assert_array_equal(one, two)
+
+
+def test_two_calls_at_once_where_there_are_two_cores(tiny: Encoder) -> None:
+    for cores in (1, 2):
+        with on_cores(cores):
+            assert tiny.at_once == cores
 
 
 def test_it_reads_views_that_are_not_contiguous_and_leaves_them_alone(tiny: Encoder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import subprocess
 import sys
@@ -57,18 +58,32 @@ def test_side_by_side_is_in_order_by_threads_that_share_the_cores() -> None:
             assert later.submit(torch.get_num_threads).result() == 4
 
 
+def test_side_by_side_takes_no_more_items_than_it_works_on() -> None:
+    taken = itertools.count()
+    results = side_by_side(lambda item: item, (next(taken) for _ in range(100)), threads=2)
+    assert next(results) == (0, 0)
+    assert next(taken) == 4  # two threads, one item that waits, one that is done
+    results.close()
+
+
 @pytest.mark.parametrize("patient", [True, False])
 def test_after_an_error_only_the_patient_wait(patient: bool) -> None:
-    ended, may_end = threading.Event(), threading.Event()
+    ended, may_end, may_fail = threading.Event(), threading.Event(), threading.Event()
+
+    begun: list[int] = []
 
     def work(item: int) -> None:
+        begun.append(item)
         if item == 0:
+            may_fail.wait(30)
             raise KeyboardInterrupt
+        may_fail.set()
         may_end.wait(0.5 if patient else 30)
         ended.set()
 
     with pytest.raises(KeyboardInterrupt):
-        list(side_by_side(work, range(3), threads=2, patient=patient))
+        list(side_by_side(work, range(4), threads=2, patient=patient))
     assert ended.is_set() == patient
     may_end.set()
     assert ended.wait(30)
+    assert 3 not in begun

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from conftest import TileStatistics
 from numpy.typing import NDArray
 
 from wsi_brush.errors import MachineError, SlideError
+from wsi_brush.machine import on_cores
 from wsi_brush.reading import Readers
-from wsi_brush.regions import Damage, embed_lattices, readable_tissue
+from wsi_brush.regions import Damage, at_once, embed_lattices, readable_tissue
 from wsi_brush.slide import open_slide
 from wsi_brush.tiles import BATCH, Read, Window
 from wsi_brush.tissue import find_tissue
@@ -71,11 +73,12 @@ class AtOnce(TileStatistics):
     at_once = 2
 
     def __init__(self) -> None:
-        self.calls, self.second = itertools.count(), threading.Event()
+        self.calls, self.second, self.cores = itertools.count(), threading.Event(), set[int]()
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         call = next(self.calls)
         assert call or self.second.wait(30)
+        self.cores.add(torch.get_num_threads())
         found = super().__call__(tiles)
         if call == 1:
             self.second.set()
@@ -83,10 +86,9 @@ class AtOnce(TileStatistics):
 
 
 def test_calls_at_once_change_nothing(tissue_slide: Path) -> None:
-    slide, cores = open_slide(tissue_slide), torch.get_num_threads()
-    found = []
-    for encoder in (TileStatistics(), AtOnce()):
-        with Losing(slide) as readers:
+    slide, found = open_slide(tissue_slide), []
+    for encoder in (TileStatistics(), twice := AtOnce()):
+        with on_cores(4), Losing(slide) as readers:
             one, damage = embed_lattices(
                 slide, slide.grid, find_tissue(slide), readers, encoder, (0.125,), strict=False, progress=None
             )
@@ -94,7 +96,25 @@ def test_calls_at_once_change_nothing(tissue_slide: Path) -> None:
     assert np.isfinite(found[0][0]).any(axis=-1).sum() > 2 * BATCH
     assert np.array_equal(found[0][0], found[1][0], equal_nan=True)
     assert found[0][1] == found[1][1]
-    assert torch.get_num_threads() == cores
+    assert twice.cores == {2}
+
+
+def test_an_error_waits_for_no_other_call() -> None:
+    class Slow(TileStatistics):
+        at_once = 2
+
+    may_end = threading.Event()
+
+    def work(item: int) -> None:
+        if item == 0:
+            raise MachineError("out of memory")
+        may_end.wait(30)
+
+    start = time.monotonic()
+    with pytest.raises(MachineError):
+        list(at_once(Slow(), work, range(2)))
+    assert time.monotonic() - start < 20
+    may_end.set()
 
 
 def test_the_first_of_calls_at_once_that_fails_ends_it(tissue_slide: Path) -> None:

@@ -7,7 +7,7 @@ The modules, in the order of the data; a module imports only what stands above i
 (`tests/test_architecture.py` holds the package to this list):
 
     errors        what a user can do wrong, as a tree
-    machine       what the machine lends: a device that computes, memory, and what was used
+    machine       what the machine lends: a device that computes, cores, memory, and what was used
     progress      what is being done, and how much of it is done
     commit        what is written appears whole or not at all
     scratch       what a painting holds while it is painted, in memory or on disk

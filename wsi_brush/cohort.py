@@ -26,6 +26,7 @@ from .errors import MachineError, RefusedError, SlideError, UsageError, WsiBrush
 from .inputs import Input, find_inputs
 from .ledger import Ledger
 from .probe import probe
+from .store import EmbeddingStore
 from .tissue import RULES
 
 ELSEWHERE = "elsewhere"
@@ -220,10 +221,13 @@ def embed_claimed(
             begun(name)
         ledger.log("begin", name)
         tell = None if pace is None else (lambda done, total: pace.tile(one, done, total))
-        row = _row(name, _embed(path, name, ledger.out, encoder, progress=tell, **options), ledger.row(name))
+        report = _embed(path, name, ledger.out, encoder, progress=tell, **options)
+        row = _row(name, report, ledger.row(name))
         ledger.put(row)
-        facts = {key: row[key] for key in ("tiles", "bad_tiles", "seconds")}
-        ledger.log(row["now"], name, **facts, error=row["message"] if row["exit_code"] else "")
+        if report.status == "failed":
+            ledger.log("failed", name, error=report.message)
+        else:
+            ledger.log(report.status, name, **{key: row[key] for key in ("tiles", "bad_tiles", "seconds")})
         return row
 
 
@@ -241,9 +245,14 @@ def _embed(path: Path, name: str, out: Path, encoder: TileEncoder, **options: An
     return SlideReport(path, out / f"{name}.zarr", "failed", message=line, exit_code=code)
 
 
-def failed_row(path: Path, name: str, line: str) -> dict[str, Any]:
-    """The row of a slide that somebody else must write down, because who was at it is no more."""
-    return _row(name, SlideReport(path, Path(), "failed", message=line, exit_code=SlideError.exit_code), None)
+def bury(ledger: Ledger, one: Input, line: str) -> None:
+    """Write down that a slide failed, because who was at it is no more; unless another process is at it by now."""
+    with ledger.claim(one.name) as ours:
+        if ours and ledger.ended(one.name) is None:
+            store, said = ledger.out / f"{one.name}.zarr", f"{one.path}: {line}"
+            report = SlideReport(one.path, store, "failed", message=said, exit_code=SlideError.exit_code)
+            ledger.put(_row(one.name, report, ledger.row(one.name)))
+            ledger.log("failed", one.name, error=said)
 
 
 def _row(name: str, report: SlideReport, before: dict[str, Any] | None) -> dict[str, Any]:
@@ -274,9 +283,10 @@ def _row(name: str, report: SlideReport, before: dict[str, Any] | None) -> dict[
 
 def _whole(store: Path) -> bool:
     try:
-        return read_manifest(store) is not None
+        EmbeddingStore.open(store)
     except RefusedError:
         return False
+    return True
 
 
 def report_of(path: Path, name: str, out: Path | str, row: dict[str, Any] | None) -> SlideReport:
@@ -284,7 +294,9 @@ def report_of(path: Path, name: str, out: Path | str, row: dict[str, Any] | None
     store = Path(out) / f"{name}.zarr"
     if row is None:
         return SlideReport(path, store, ELSEWHERE, message="another process is at it")
-    new = row["now"] == row["status"]
+    if row["now"] == "failed":  # the row may be that of a store which stays
+        return SlideReport(path, store, "failed", message=row["message"], exit_code=row["exit_code"])
+    new = row["now"] != "unchanged"
     return SlideReport(
         path, store, row["now"], row["tiles"] if new else 0, row["seconds"] if new else 0.0, row["mpp"],
         row["mpp_source"], row["message"], row["exit_code"], row["bad_tiles"],

@@ -23,9 +23,9 @@ from . import errors
 from .cohort import (
     Pace,
     Watch,
+    bury,
     cohort_of,
     embed_claimed,
-    failed_row,
     open_ledger,
     report_of,
 )
@@ -99,7 +99,7 @@ def embed_on_devices(
                     raise hand.error
                 if hand.at is not None:  # it died at this slide
                     named = next(one for one in slides if one.name == hand.at)
-                    _bury(ledger, named, f"its process on {hand.device} died ({hand.how()})")
+                    bury(ledger, named, f"its process on {hand.device} died ({hand.how()})")
                     crew.append(_Hand(order, slides, hand.device, threads))
                 elif not hand.done:
                     raise MachineError(f"the process on {hand.device} ended before its first slide ({hand.how()})")
@@ -140,15 +140,6 @@ class _Tally:
         self._ledger.log("end", slides=len(self._rows))
         out = self._ledger.out
         return [report_of(one.path, one.name, out, self._rows.get(one.name)) for one in self._slides]
-
-
-def _bury(ledger: Ledger, named: Input, line: str) -> None:
-    """Write down that a slide failed, unless another process is at it by now."""
-    path, name = named.path, named.name
-    with ledger.claim(name) as ours:
-        if ours and ledger.ended(name) is None:
-            ledger.put(failed_row(path, name, f"{path}: {line}"))
-            ledger.log("failed", name, error=f"{path}: {line}")
 
 
 class _Hand:
@@ -300,7 +291,7 @@ def embed_on_cluster(
             elif isinstance(error, WsiBrushError):
                 raise error
             elif type(error).__name__ == "KilledWorker":
-                _bury(ledger, named, "the worker that embedded it died")
+                bury(ledger, named, "the worker that embedded it died")
                 row = ledger.ended(named.name)
             else:
                 raise MachineError(f"the cluster lost a slide ({error or task.status}); run the same command again")

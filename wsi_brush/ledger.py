@@ -34,7 +34,8 @@ from .errors import MachineError, RefusedError
 FOLDER = ".wsi-brush-cohort"
 TABLE, MANIFEST, LOG = "slides.csv", "manifest.json", "log.jsonl"
 COLUMNS = ("id", "path", "status", "tiles", "bad_tiles", "mpp", "mpp_source", "seconds", "error")
-"""Of `slides.csv`. `status` is done, empty or failed; `seconds` are those of the run that made the store."""
+"""Of `slides.csv`. `status` is done, empty or failed; `seconds` are those of the run that made the store. What a later
+run refuses of a finished store stands in the log alone."""
 KIND = "cohort"
 _PACKAGES = ("numpy", "torch", "timm", "zarr", "openslide-python", "openslide-bin", "tiffslide", "tifffile")
 

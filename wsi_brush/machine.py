@@ -1,4 +1,5 @@
-"""What the machine lends: a device that computes, memory that is kept or was used, Ctrl-C at a good moment."""
+"""What the machine lends: a device that computes, cores and threads, memory that is kept or was used, Ctrl-C at a good
+moment."""
 
 from __future__ import annotations
 
@@ -148,8 +149,9 @@ def side_by_side(
     an equal share of them (None).
 
     Two threads with an item each do more than two cores inside every operator (1.6 times as much of a painting), for
-    they never wait for each other, nor both for what else runs on a core. After an error or Ctrl-C only the `patient`
-    wait for work that is under way; its result is nobody's.
+    they never wait for each other, nor both for what else runs on a core. Errors of `work` and of `items` come out as
+    they are; then, and after Ctrl-C, only the `patient` wait for work that is under way, whose result is nobody's (the
+    end of Python waits for it too).
     """
     import torch
 

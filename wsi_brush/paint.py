@@ -210,11 +210,11 @@ class Run:
         denoiser = self.denoiser(stage) if stage.move is not None else None
         if denoiser is not None:
             denoiser.prepare(planes["x"], stage.sigma, partial(hands.sketch, number) if hands is not None else None)
-        if hands is not None and folder is not None:
-            done = hands.paint(number, tiles, denoiser, folder)
-        else:
-            done = self._here(stage, planes, found, tiles)
-        for tile in done:
+        for tile in (  # without a name it ends with the loop, also where a painting is stopped
+            hands.paint(number, tiles, denoiser, folder)
+            if hands is not None and folder is not None
+            else self._here(stage, planes, found, tiles)
+        ):
             if stage.move is not None:
                 self.count(pixels_of(tile))
 

@@ -84,6 +84,8 @@ def main() -> None:
         real.append(slide)
         painted.append(target)
     sides = open_sides(real, painted)
+    if {made["guidance"] for made in sides.brushes} != {arguments.guidance}:
+        parser.error(f"{arguments.work}: has paintings with another guidance; give another --work")
     judges = [encoder, *map(load_encoder, arguments.judge)]
     if arguments.overlap:
         for judge, found in zip(judges, retrieval(sides, judges, Codec("jpeg:90"), MPP, stride=0.5), strict=True):
