@@ -82,9 +82,9 @@ def test_the_held_out_square_has_tissue_and_nothing_that_was_trained_on(
 
 def test_every_setting_has_its_row(swept: dict[str, Any], asked: argparse.Namespace) -> None:
     steps, seeds, two = tables(asked.work)
-    assert [(row["steps"], row["guidance"], row["seed"]) for row in steps] == [("2", "1", "0"), ("20", "1", "0")]
-    assert [(row["steps"], row["guidance"], row["seed"]) for row in seeds] == [("20", "1", "0"), ("20", "1", "1")]
-    assert [row["guidance"] for row in two] == ["1", "real, a tile apart", "real, elsewhere in the square"]
+    assert [(row["steps"], row["guidance"], row["seed"]) for row in steps] == [("2", "1.5", "0"), ("20", "1.5", "0")]
+    assert [(row["steps"], row["guidance"], row["seed"]) for row in seeds] == [("20", "1.5", "0"), ("20", "1.5", "1")]
+    assert [row["guidance"] for row in two] == ["1.5", "real, a tile apart", "real, elsewhere in the square"]
     for row in steps:
         setting = next(one for one in swept["settings"] if (str(one["steps"]), str(one["seed"])) == (row["steps"], "0"))
         mean = setting["figures"]["control"]["bundled"]["cosine"]["0.5"]["mean"]

@@ -36,7 +36,7 @@ h5py = pytest.importorskip("h5py")
 
 CANARY = "Ramona^Testcase"
 ENCODER = cast(Encoder, TileStatistics())
-PAINTING = Painting(size=96, seed=2, steps=5, guidance=1.0)
+PAINTING = Painting(size=96, seed=2, steps=5)
 Words = Callable[..., tuple[int, str, str]]
 
 

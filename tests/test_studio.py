@@ -29,6 +29,7 @@ from wsi_brush.synthesize import as_pixels
 jobs = pytest.importorskip("napari_wsi_brush.jobs", reason="the plugin is not installed")
 WEIGHTS = Path(wsi_brush.__file__).parent / "weights"
 REGION = (400, 352, 200, 160)  # level-0 pixels
+LONG = 40  # steps that no machine ends before its window is drawn
 STEPS, MPP = 5, 2.0  # so that the canvas is little more than the region
 
 
@@ -238,6 +239,7 @@ def records() -> list[tuple[str, str, bool]]:
 def in_synthesize(reference: str, brush: str, target: str) -> None:
     """Seen while it sharpens, stopped, gone on with, opened; and refused."""
     viewer, choices = window(reference, brush, "Synthesize", target)
+    choices.steps.value = LONG
     until(lambda: "; about" in choices.said.value)
     assert choices.said.value.startswith("50 x 40 pixels, 100 x 80 µm at row 400, column 352; about")
     preview = "synthetic: being painted"
@@ -368,10 +370,14 @@ def ran(what: Callable[..., None], *arguments: Path) -> None:
 
 @pytest.mark.gui
 class TestWindows:
-    def test_stopped_and_gone_on_with(self, reference: Path, brush: Path, uninterrupted: Path, tmp_path: Path) -> None:
-        ran(in_synthesize, reference, brush, tmp_path / "new.ome.zarr")
-        assert hashes(tmp_path / "new.ome.zarr") == hashes(uninterrupted)
-        assert [path.name for path in tmp_path.iterdir()] == ["new.ome.zarr"]
+    def test_stopped_and_gone_on_with(self, wish: Any, tmp_path: Path) -> None:
+        whole, target = (tmp_path / name / "new.ome.zarr" for name in ("whole", "window"))
+        for one in (whole, target):
+            one.parent.mkdir()
+        jobs.paint(jobs.replace(wish, steps=LONG), whole)
+        ran(in_synthesize, wish.reference, Path(wish.brush), target)
+        assert hashes(target) == hashes(whole)
+        assert [path.name for path in target.parent.iterdir()] == ["new.ome.zarr"]
 
     def test_closed_in_the_middle(self, wish: Any, uninterrupted: Path, tmp_path: Path) -> None:
         target = tmp_path / "new.ome.zarr"
