@@ -245,7 +245,6 @@ def in_synthesize(reference: str, brush: str, target: str) -> None:
     preview = "synthetic: being painted"
     choices.run.native.click()
     until(lambda: layers(viewer, preview))
-    pitches = [float(layers(viewer, preview)[0].scale[0])]
     choices.cancel.native.click()
     until(lambda: choices.job is None)
     assert choices.said.value == "stopped; Run with the same choices goes on from here"
@@ -253,6 +252,7 @@ def in_synthesize(reference: str, brush: str, target: str) -> None:
     assert not Path(target).exists()
     assert list((Path(target).parent / f"{WORK}{Path(target).name}").glob("state-*"))
     shares: list[int] = []
+    pitches: list[float] = []
 
     def watched() -> bool:
         shares.append(choices.bar.value)

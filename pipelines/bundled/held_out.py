@@ -21,7 +21,7 @@ from wsi_brush.machine import keep_memory
 from wsi_brush.recipe import Data, read_config
 from wsi_brush.report import write_report
 from wsi_brush.samples import Codec
-from wsi_brush.sides import open_sides
+from wsi_brush.sides import open_sides, painted_after
 from wsi_brush.slide import Slide, open_slide
 from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_slide
@@ -81,11 +81,11 @@ def main() -> None:
                 encoder=encoder, assume_mpp=assume_mpp,
             )  # fmt: skip
             print(f"{target.name}: {done.shape[0]} x {done.shape[1]} in {done.seconds:.0f} s", flush=True)
+        elif (painted_after(target) or {}).get("guidance") != arguments.guidance:
+            parser.error(f"{target}: was painted with another guidance; give another --work")
         real.append(slide)
         painted.append(target)
     sides = open_sides(real, painted)
-    if {made["guidance"] for made in sides.brushes} != {arguments.guidance}:
-        parser.error(f"{arguments.work}: has paintings with another guidance; give another --work")
     judges = [encoder, *map(load_encoder, arguments.judge)]
     if arguments.overlap:
         for judge, found in zip(judges, retrieval(sides, judges, Codec("jpeg:90"), MPP, stride=0.5), strict=True):
