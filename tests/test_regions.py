@@ -102,12 +102,14 @@ def test_an_error_waits_for_no_other_call() -> None:
     class Slow(TileStatistics):
         at_once = 2
 
-    may_end, ended = threading.Event(), threading.Event()
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work(item: int) -> None:
         if item == 0:
+            begun.wait(30)
             raise MachineError("out of memory")
-        may_end.wait(30)
+        begun.set()
+        may_end.wait(10)
         ended.set()
 
     with pytest.raises(MachineError):
