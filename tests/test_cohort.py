@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import json
 import os
 import random
@@ -17,13 +19,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from test_embed import ColourEncoder
+from test_embed import damage as damage_tiles
+from test_probe import patched
 
-from wsi_brush import ledger
+from wsi_brush import embed, ledger, probe
 from wsi_brush.cohort import Pace, Standing, as_shard, bury, embed_slides, open_ledger
 from wsi_brush.commit import sha256_of
-from wsi_brush.errors import RefusedError, UsageError
+from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushError
 from wsi_brush.inputs import Input, find_inputs
 
 SCRIPT = """
@@ -180,6 +185,56 @@ def test_a_store_that_is_damaged_is_written_down_as_failed(tmp_path: Path) -> No
     assert "slide00.zarr" in table(out)["slide00"]["error"]
 
 
+def test_tiles_that_cannot_be_read_are_counted(tissue_slide: Path, tmp_path: Path) -> None:
+    slide, out = Path(shutil.copy(tissue_slide, tmp_path / "a.tif")), tmp_path / "out"
+    damage_tiles(slide, 3 * 8 + 4)
+    for _ in range(2):
+        embed_slides([slide], out, encoder=ColourEncoder())
+        assert table(out)["a"]["bad_tiles"] == "16"
+        assert json.loads((out / ledger.MANIFEST).read_text("utf-8"))["bad_tiles"] == 16
+
+
+def test_a_slide_that_ends_the_process_which_opens_it_costs_itself(
+    tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slides = draw(tmp_path / "slides", 1)
+    shutil.copy(tissue_slide, slides / "bad.tif")
+    patched(monkeypatch, tmp_path, "os.abort()")
+    try:
+        bad, good = embed_slides([slides], tmp_path / "out", encoder=ColourEncoder(), assume_mpp=0.5)
+    finally:
+        probe._end()
+    assert (bad.status, good.status) == ("failed", "done")
+    assert "opening it ended its process (SIGABRT" in bad.message
+
+
+def test_a_disk_that_fails_costs_the_slide_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slides = draw(tmp_path / "slides", 2)
+    digest = embed.slide_fingerprint
+
+    def read(path: Path) -> str:
+        if path.stem == "slide00":
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(path)
+
+    monkeypatch.setattr(embed, "slide_fingerprint", read)
+    bad, good = embed_slides([slides], tmp_path / "out", encoder=ColourEncoder(), assume_mpp=0.5)
+    assert (bad.status, bad.exit_code, good.status) == ("failed", 3, "done")
+    assert bad.message == f"{slides / 'slide00.png'}: Input/output error"
+
+
+@pytest.mark.parametrize("error", [MachineError, UsageError])
+def test_what_would_cost_every_slide_ends_the_run(tmp_path: Path, error: type[WsiBrushError]) -> None:
+    class Failing(ColourEncoder):
+        def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+            raise error("out of memory")
+
+    slides, out = draw(tmp_path / "slides", 2), tmp_path / "out"
+    with pytest.raises(error, match="out of memory"):
+        embed_slides([slides], out, encoder=Failing(), assume_mpp=0.5)
+    assert [line["event"] for line in log(out)] == ["run", "begin"]
+
+
 def test_the_death_of_who_was_at_a_slide_is_written_down_unless_it_has_a_store(tmp_path: Path) -> None:
     slides, out = draw(tmp_path / "slides", 2), tmp_path / "out"
     embed_slides([slides / "slide00.png"], out, encoder=ColourEncoder(), assume_mpp=0.5)
@@ -201,6 +256,8 @@ def test_other_parameters_are_refused_before_a_slide_is_opened(tmp_path: Path) -
     before = log(out)
     with pytest.raises(RefusedError, match=r"encoder_weights was 1, is 2.*--overwrite"):
         embed_slides([slides], out, encoder=ColourEncoder("2"), assume_mpp=0.5)
+    with pytest.raises(RefusedError, match=r"tissue_rules was .*, is outlines"):
+        embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5, outlines=tmp_path)
     assert log(out) == before
     reports = embed_slides([slides], out, encoder=ColourEncoder("2"), assume_mpp=0.5, overwrite=True)
     assert [report.status for report in reports] == ["done", "done"]
@@ -265,6 +322,17 @@ def test_two_may_begin_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [line["event"] for line in log(out)] == ["run", "run"]
 
 
+def test_what_ended_since_the_run_began_is_reported_and_not_done_again(tmp_path: Path) -> None:
+    slides, out, begun = draw(tmp_path / "slides", 1), tmp_path / "out", list[str]()
+    since = open_ledger(out, ColourEncoder(), outlines=None, overwrite=False).since
+    for _ in range(2):
+        (report,) = embed_slides(
+            [slides], out, encoder=ColourEncoder(), assume_mpp=0.5, since=since, begun=begun.append
+        )
+        assert report.status == "done"
+    assert begun == ["slide00"]
+
+
 def test_what_another_process_has_is_left_to_it(tmp_path: Path) -> None:
     slides, out = draw(tmp_path / "slides", 3), tmp_path / "out"
     other = start(slides, out, slow=60)
@@ -275,10 +343,19 @@ def test_what_another_process_has_is_left_to_it(tmp_path: Path) -> None:
         time.sleep(0.01)
     reports = embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
     assert [report.status for report in reports] == ["elsewhere", "done", "done"]
+    assert json.loads((out / ledger.MANIFEST).read_text("utf-8"))["ended"] is None
     other.kill()
     end(other)
     reports = embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5)
     assert [report.status for report in reports] == ["done", "unchanged", "unchanged"]
+
+
+def test_what_another_process_had_when_it_died_is_done_in_the_end(tmp_path: Path) -> None:
+    slides, out = draw(tmp_path / "slides", 2), tmp_path / "out"
+    with contextlib.ExitStack() as other:
+        other.enter_context(open_ledger(out, ColourEncoder(), outlines=None, overwrite=False).claim("slide00"))
+        reports = embed_slides([slides], out, encoder=ColourEncoder(), assume_mpp=0.5, begun=lambda _: other.close())
+    assert [report.status for report in reports] == ["done", "done"]
 
 
 def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
