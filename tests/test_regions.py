@@ -12,6 +12,7 @@ import torch
 from conftest import TileStatistics
 from numpy.typing import NDArray
 
+from wsi_brush.blocks import Blocks
 from wsi_brush.errors import MachineError, SlideError
 from wsi_brush.machine import on_cores
 from wsi_brush.reading import Readers
@@ -64,6 +65,17 @@ def test_bad_tiles_are_nan_and_named(tissue_slide: Path) -> None:
         assert sorted(damage.cells[mpp]) == [(int(row), int(column)) for row, column in np.argwhere(lost)]
         expected = np.where(lost[..., None], np.float16(np.nan), good[mpp].values)
         assert np.array_equal(one.values, expected, equal_nan=True)
+
+
+def test_strictness_holds_for_what_a_killed_run_has_kept(tissue_slide: Path, tmp_path: Path) -> None:
+    slide, encoder = open_slide(tissue_slide), TileStatistics()
+    tissue, options = find_tissue(slide), {"pitches": (2.0,), "progress": None}
+    with Losing(slide) as losing, Readers(slide) as whole:
+        blocks = Blocks(tmp_path, encoder.dim, seconds=0)
+        embed_lattices(slide, slide.grid, tissue, losing, encoder, strict=False, blocks=blocks, **options)
+        blocks = Blocks(tmp_path, encoder.dim)
+        with pytest.raises(SlideError, match="before this run was killed"):
+            embed_lattices(slide, slide.grid, tissue, whole, encoder, strict=True, blocks=blocks, **options)
 
 
 class AtOnce(TileStatistics):

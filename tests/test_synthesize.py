@@ -29,7 +29,7 @@ from wsi_brush.diffusion import Solver
 from wsi_brush.embed import embed_region, slide_fingerprint
 from wsi_brush.encoder import Encoder
 from wsi_brush.errors import MachineError, RefusedError, UsageError
-from wsi_brush.estimate import painting_seconds
+from wsi_brush.estimate import encoder_seconds, painting_seconds
 from wsi_brush.grid import Grid
 from wsi_brush.paint import paint_canvas
 from wsi_brush.pair import MARK, compare
@@ -257,6 +257,17 @@ class TestPaint:
         small = painting_seconds(brush, Grid(0.5, 0, 0, 512, 512), quick())
         assert small > 0
         assert painting_seconds(brush, Grid(0.5, 0, 0, 4096, 4096), quick()) > 8 * small
+
+    def test_an_encoder_takes_as_long_as_its_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = [0.0]
+
+        class Slow(TileStatistics):
+            def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+                now[0] += 0.5 * len(tiles)
+                return super().__call__(tiles)
+
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+        assert encoder_seconds(Slow(), 1000.0, batch=8) == 500.0
 
 
 class TestSlide:
