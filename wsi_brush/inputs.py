@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -62,9 +63,10 @@ def find_inputs(words: Iterable[Path | str]) -> list[Input]:
     own folder.
 
     The name is the table's id, else the file's without its endings (`slide_name`); of a DICOM series that has a folder
-    to itself, the folder's. Where several have one name, those without an id get a dash and 8 hexadecimal digits:
-    SHA-256 of their real path; so does a name of more than 140 bytes, of which the first are kept. Of a slide and links
-    to it the slide gives the name. So a name depends on what it is given with, and never on the order.
+    to itself, the folder's. Where several have one name, in small letters or capitals, those without an id get a dash
+    and 8 hexadecimal digits: SHA-256 of their real path; so does a name of more than 140 bytes, of which the first are
+    kept. Of a slide and links to it the slide gives the name. So a name depends on what it is given with, and never on
+    the order.
 
     Raises:
         UsageError: if a folder holds no slides, a pattern finds none, or a table has a row that is not right.
@@ -81,16 +83,16 @@ def find_inputs(words: Iterable[Path | str]) -> list[Input]:
                 meant[place] = one
     rows: dict[str, str] = {}
     for one in meant.values():
-        if one.id and rows.setdefault(one.id, one.row) != one.row:
-            raise UsageError(f"{one.row}: id {one.id} stands in {rows[one.id]} already; every slide needs its own")
+        if one.id and (first := rows.setdefault(_alike(one.id), one.row)) != one.row:
+            raise UsageError(f"{one.row}: id {one.id} stands in {first} already; every slide needs its own")
     names = [one.id or search.name(one.path) for one in meant.values()]
-    count = Counter(names)
+    count = Counter(map(_alike, names))
     found = []
     for (place, one), name in zip(meant.items(), names, strict=True):
         digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
         if len(long := os.fsencode(name)) > _LONGEST:
             name = f"{long[:_LONGEST].decode('utf-8', 'ignore')}-{digest}"
-        elif not one.id and count[name] > 1:
+        elif not one.id and count[_alike(name)] > 1:
             name = f"{name}-{digest}"
         found.append(Input(one.path, name, one.mpp))
     return found
@@ -102,6 +104,11 @@ def slide_name(path: Path) -> str:
     while Path(name).suffix.lower() in SUFFIXES | {".ome"}:
         name = Path(name).stem
     return name
+
+
+def _alike(name: str) -> str:
+    """The same for names that some disks take for one (capitals, accents): a store each would be one store there."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 class _Meant(NamedTuple):
