@@ -216,7 +216,7 @@ def test_a_cluster_embeds_each_slide_once(
     assert report.status == "done", report.message
 
 
-def test_a_worker_that_is_not_like_here_is_named(
+def test_workers_with_other_weights_or_without_the_output_are_refused(
     slides: Path, encoder: str, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"encoder": encoder, "client": client, "assume_mpp": 0.5}
