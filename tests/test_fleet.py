@@ -168,7 +168,7 @@ def test_devices_share_the_cores(slides: Path, encoder: str, tmp_path: Path, mon
     monkeypatch.setattr(fleet, "_embed_each", embed_each)
     monkeypatch.setattr(fleet, "_Hand", lambda *given: fleet._embed(*given, multiprocessing.Pipe()[1]))
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is none of a device
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(fleet, "lent_cores", lambda: 7.5)
     for threads in (0, 1):
         with pytest.raises(InterruptedError):
             embed_on_devices([slides], tmp_path, encoder=encoder, **TWO | {"threads": threads})

@@ -123,8 +123,8 @@ def embed_slides(
 
     Other processes may do the same at the same time: a slide that one has, the others pass over, and what one of them
     ended since this run began (or `since`, see `Ledger`) is reported and not done again. `workers`, `strict`: as in
-    `embed_slide`. `shard` (i, n), counted from
-    1: only every n-th slide from the i-th on. `begun` gets the name of a slide before it is touched.
+    `embed_slide`. `shard` (i, n), counted from 1: only every n-th slide from the i-th on. `begun` gets the
+    name of a slide before it is touched.
 
     Raises:
         UsageError: if the words mean no slides, or there is one file of outlines for several.

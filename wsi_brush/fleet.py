@@ -34,7 +34,7 @@ from .encoder import Encoder, load_encoder
 from .errors import MachineError, RefusedError, WsiBrushError
 from .inputs import Input
 from .ledger import Ledger
-from .machine import find_device, keep_memory
+from .machine import find_device, keep_memory, lent_cores
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -82,7 +82,7 @@ def embed_on_devices(
     slides, loaded = cohort_of(paths, outlines, shard), loaded or load_encoder(encoder)
     ledger = open_ledger(out, loaded, outlines=outlines, overwrite=overwrite)
     order = Order(str(out), encoder, ledger.since, assume_mpp, force_mpp, overwrite, outlines, workers, strict)
-    threads = threads or max(1, (os.cpu_count() or 1) // len(devices))
+    threads = threads or max(1, int(lent_cores()) // len(devices))
     ledger.log("run", slides=len(slides), shard=f"{shard[0]}/{shard[1]}", devices=list(devices))
     tally = _Tally(ledger, slides, progress)
     crew: list[_Hand] = []
