@@ -56,10 +56,10 @@ The modules, in the order of the data; a module imports only what stands above i
     stages        a painting as a list of stages, and the memory that it takes
     paint         all steps of all pitches: a canvas from noise to image
     repaint       a part of a painting painted anew, and blended into the old one
-    estimate      how long a painting will take here
     cluster       the tiles of a sweep on a Dask cluster
     pyramid       Pyramid: an OME-Zarr slide being written
     pair          a painting beside its reference: how close it is, and both as one picture
+    estimate      how long a painting will take here
     similarity    how like its reference a painting is, tile by tile: a map, with the worst places
     synthesize    verb: brush + reference -> pyramid
     samples       what is looked at when slides are compared: tiles at chosen places

@@ -14,6 +14,7 @@ from .embed import TileEncoder
 from .encoder import Encoder
 from .grid import Grid
 from .machine import check_precision, find_device, side_by_side, wait_for
+from .pair import COMPARED
 from .progress import Tell
 from .regions import at_once
 from .stages import Painting, budget, guidance_at, stages, whole
@@ -94,9 +95,10 @@ def painting_seconds(brush: Brush, canvas: Grid, painting: Painting, *, tell: Te
 
 
 def embedding_seconds(encoder: Encoder, brush: Brush, canvas: Grid) -> float:
-    """Seconds of the encoder besides: the reference's tiles, and for the comparison once more, and the painting's."""
-    sides: list[float] = [brush.about["tile"] * mpp / canvas.mpp for mpp in brush.pitches]
-    return encoder_seconds(encoder, 3.0 * sum(canvas.height * canvas.width / side**2 for side in sides))
+    """Seconds of the encoder besides: the reference's tiles, and for the comparison some of them and of the painting's
+    (`pair.compare`)."""
+    tiles = [canvas.height * canvas.width / (brush.about["tile"] * mpp / canvas.mpp) ** 2 for mpp in brush.pitches]
+    return encoder_seconds(encoder, sum(count + 2 * min(count, COMPARED) for count in tiles))
 
 
 def encoder_seconds(encoder: TileEncoder, tiles: float, *, batch: int = 64) -> float:

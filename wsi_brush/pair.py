@@ -15,12 +15,14 @@ from .embed import COVER
 from .encoder import Encoder
 from .errors import MachineError, RefusedError
 from .grid import Grid
+from .regions import at_once
 from .slide import Slide
 from .tissue import PITCH, Tissue, tissue_mask
 
 MARK = "right half: synthetic image, painted by wsi-brush; not for diagnosis"
 """Stands in the comment of every picture of a pair."""
-_COMPARED = 64  # tiles of a pitch that are compared at most
+COMPARED = 64
+"""Tiles of a pitch that are compared at most."""
 
 
 def read_reference(slide: Slide, canvas: Grid, grid: Grid) -> NDArray[np.uint8]:
@@ -48,13 +50,16 @@ def compare(slide: Slide, painted: Slide, canvas: Grid, *, brush: Brush, encoder
         lattice = canvas.whole_cells(encoder.tile * mpp)
         seen = tissue.cover(lattice) >= COVER if mpp > 0.99 * canvas.mpp else np.zeros(lattice.shape, np.bool_)
         corners = np.argwhere(seen) * encoder.tile
-        corners = corners[np.linspace(0, len(corners) - 1, min(len(corners), _COMPARED)).round().astype(int)]
+        corners = corners[np.linspace(0, len(corners) - 1, min(len(corners), COMPARED)).round().astype(int)]
         if not len(corners):
             found[mpp] = math.nan
             continue
         grids = [Grid(mpp, int(y), int(x), encoder.tile, encoder.tile) for y, x in corners]
-        real = encoder(np.stack([read_reference(slide, canvas, grid) for grid in grids]))
-        ours = encoder(np.stack([painted.read(grid) for grid in grids]))
+        sides = (
+            np.stack([read_reference(slide, canvas, grid) for grid in grids]),
+            np.stack([painted.read(grid) for grid in grids]),
+        )
+        real, ours = (vectors for _, vectors in at_once(encoder, encoder, sides))
         found[mpp] = float(cosine(brush.standardised(mpp, real), brush.standardised(mpp, ours)).mean())
     return found
 
