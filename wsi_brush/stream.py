@@ -103,12 +103,15 @@ class CanvasDenoiser:
             self._nodes = new_plane(
                 (*size, 2 * self._net.config.width), self._folder, "nodes", axes=(0, 1), chunk=STRIP
             )
-        done: Iterable[tuple[Grid, NDArray[np.float32] | Tensor]]
-        done = sweep(tiles) if sweep else side_by_side(partial(self._sketch, x), tiles, threads=self.threads)
-        for tile, found in done:
-            self._nodes[_own_nodes(tile, canvas)] = found if isinstance(found, np.ndarray) else on_host(found)
+        sweep = sweep or partial(self._sweep, x)
+        for tile, found in sweep(tiles):  # without a name it ends with the loop, also where that is stopped
+            self._nodes[_own_nodes(tile, canvas)] = found
         for asked in self._asked:
             asked.lay_out(self._nodes)
+
+    def _sweep(self, x: Plane, tiles: Iterable[Grid]) -> Iterator[tuple[Grid, NDArray[np.float32]]]:
+        for tile, found in side_by_side(partial(self._sketch, x), tiles, threads=self.threads):
+            yield tile, on_host(found)
 
     def at(self, sigma: float) -> None:
         """What follows is asked at this noise level."""
