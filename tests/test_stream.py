@@ -76,6 +76,20 @@ def test_the_number_of_threads_changes_no_bit(brush: Brush, guidance: float) -> 
         assert torch.get_num_threads() == 2  # as it was
 
 
+def test_a_sweep_that_is_stopped_gives_its_cores_back_at_once(brush: Brush, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "_own_nodes", stop)
+    monkeypatch.setattr(CanvasDenoiser, "_sketch", lambda *_: torch.zeros(1, 1, 1))
+    torch.set_num_threads(2)
+    try:
+        step(brush, tile=96)
+        pytest.fail("it was not stopped")
+    except KeyboardInterrupt:  # which holds every name of the frames that it came through
+        assert torch.get_num_threads() == 2
+
+
 def test_guidance_one_is_the_conditional_answer(brush: Brush) -> None:
     """By the operator itself, in one piece."""
     x, level = SIGMA * NoiseField(1).read(CANVAS), torch.tensor([SIGMA])
