@@ -10,7 +10,7 @@ import pytest
 from conftest import TileStatistics, write_pyramid
 from numpy.typing import NDArray
 
-from wsi_brush.control import Descriptor, control
+from wsi_brush.control import Descriptor, control, retrieval
 from wsi_brush.samples import Codec
 from wsi_brush.sides import Sides, open_sides
 
@@ -107,3 +107,21 @@ def test_encoders_of_one_tile_share_what_is_read(
     assert read == [16, 16]
     for encoder in both:
         assert together[encoder.name] == control(sides, [encoder], Codec("none"), [1.0], most=16, seed=0)[encoder.name]
+
+
+def test_paintings_that_follow_one_region_are_found_among_regions_not_among_themselves(
+    pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    """Strangers all: with every painting's reference in the gallery once more, each would find its own."""
+    options: dict[str, Any] = {"compression": "zlib", "compressionargs": {}, "mpp": 1.0}
+    real = write_pyramid(tmp_path / "real.tif", [pixels], **options)
+    strangers = [
+        write_pyramid(tmp_path / f"{turn}.tif", [np.roll(pixels, 512 * turn, (0, 1))], **options) for turn in (1, 2, 3)
+    ]
+    sides = open_sides([real] * 3, strangers)
+    (found,) = retrieval(sides, [Descriptor()], Codec("none"), 1.0)
+    assert (found["regions"], found["chance"]) == (16, 0.0625)
+    assert found["top1"] == 0
+    blank = write_pyramid(tmp_path / "blank.tif", [np.full_like(pixels, 250)], **options)
+    (found,) = retrieval(open_sides([real], [blank]), [Descriptor()], Codec("none"), 1.0)
+    assert found["top1"] <= 0.0625

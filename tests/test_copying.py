@@ -63,7 +63,7 @@ def test_tissue_of_the_same_kind_is_no_copy(kin: Path) -> None:
     assert near["value"] == pytest.approx(near["floor"], abs=0.02)
     assert near["low"] <= near["value"] <= near["high"]
     assert sum(found["counts"]["synthetic"]) == 400
-    assert not sides.notes
+    assert sides.notes == ["paired by their order: held.tif with other.tif"]
     scores = [one["correlation"] for one in found["worst"]]
     assert scores == sorted(scores, reverse=True)
 

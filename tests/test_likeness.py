@@ -15,7 +15,7 @@ from wsi_brush.control import Descriptor
 from wsi_brush.distances import frechet, overlap
 from wsi_brush.errors import SlideError
 from wsi_brush.likeness import Rows, distribution, measured, see, texture
-from wsi_brush.samples import Codec
+from wsi_brush.samples import Codec, common_pitch
 from wsi_brush.sides import Sides, open_sides
 from wsi_brush.slide import open_slide
 
@@ -53,6 +53,25 @@ def figures(sides: Sides) -> dict[str, Any]:
 
 
 class TestDistribution:
+    def test_more_paintings_of_one_reference_are_no_more_of_the_reference(
+        self, pixels: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        one = sides_of(tmp_path, pixels, blurred(pixels))
+        paths = [field.slide.path for field in (*one.real, *one.synthetic)]
+        more = figures(open_sides([paths[0]] * 3, [paths[1]] * 3))
+        alone = figures(one)
+        assert (more["real"], more["n"]) == (alone["real"], alone["n"])
+        for name in ("kernel", "recall", "coverage"):
+            assert more[name]["floor"] == alone[name]["floor"]
+
+    def test_what_was_left_blank_is_looked_at(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        torn = pixels.copy()
+        torn[: len(torn) * 2 // 3] = 250
+        found = figures(sides_of(tmp_path, pixels, torn))
+        assert found["synthetic"] == found["real"]
+        assert found["kernel"]["value"] > 5 * abs(found["kernel"]["floor"])
+        assert found["precision"]["value"] < found["precision"]["floor"]
+
     def test_the_same_is_as_near_as_the_floor_and_the_blurred_is_not(
         self, pixels: NDArray[np.uint8], tmp_path: Path
     ) -> None:
@@ -200,12 +219,27 @@ class TestTexture:
         json.dumps(found, allow_nan=False)
 
     def test_nuclei_are_not_looked_for_where_they_are_a_pixel(self, full: NDArray[np.uint8], tmp_path: Path) -> None:
-        found = texture(sides_of(tmp_path, full, full), PLAIN, mpp=2.0, seed=0)
-        assert "missing" in found
         large = np.concatenate([np.concatenate([full] * 4, 1)] * 4)
         found = texture(sides_of(tmp_path, large, large), PLAIN, mpp=2.0, seed=0)
         assert found["nuclei"] == {"missing": "not to be seen at 2 µm"}
 
     def test_too_small_is_said(self, full: NDArray[np.uint8], tmp_path: Path) -> None:
+        (tmp_path / "small").mkdir()
         found = texture(sides_of(tmp_path, full[:512], full[:512]), PLAIN, mpp=0.5, seed=0)
-        assert found == {"missing": "fewer than 4 windows of 512 pixels with tissue at 0.5 µm"}
+        assert (found["window"], found["real"]) == (256, 8)
+        found = texture(sides_of(tmp_path / "small", full[:128], full[:128]), PLAIN, mpp=1.0, seed=0)
+        assert found == {"missing": "fewer than 4 windows of 128 pixels with tissue at 1 µm"}
+
+    def test_slides_whose_pixels_are_nearly_of_one_size_are_read_alike(
+        self, full: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        """The same pixels on both sides: that one is resampled takes no detail from it alone."""
+        paths = [
+            write_pyramid(tmp_path / f"{mpp}.tif", [full], mpp=mpp, compression="zlib", compressionargs={})
+            for mpp in (0.5, 0.5044)
+        ]
+        for real, other in (paths, paths[::-1]):
+            sides = open_sides([real], [other])
+            mpp = common_pitch([*sides.real, *sides.synthetic], 0.5)
+            ratio = texture(sides, PLAIN, mpp=mpp, seed=0)["octaves"]["ratio"]
+            assert np.abs(np.array(ratio[:4]) - 1).max() < 0.05, ratio

@@ -35,7 +35,8 @@ from wsi_brush.distances import Vectors, frechet, kernel_distance
 from wsi_brush.errors import MachineError, RefusedError
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.grid import Grid
-from wsi_brush.published import Networks, find_networks, image_side, load_clip, load_inception, thumbnail
+from wsi_brush.likeness import thumbnail
+from wsi_brush.published import Networks, find_networks, image_side, load_clip, load_inception
 from wsi_brush.report import write_report
 from wsi_brush.samples import Codec, Field
 from wsi_brush.sides import Sides, open_sides
@@ -382,7 +383,7 @@ def test_the_rest_is_evaluated_all_the_same(
     assert figures["published"]["crop"]["missing"] == "its weights are not here"
     assert "2 tiles of 256 µm in a half; 8 are needed" in figures["published"]["clip"]["missing"]
     words = [re.findall(r"<small>thumbnail -?[\d.e-]+ ", page) for page in pages]
-    assert [len(one) for one in words] == [0, 6, 0]
+    assert [len(one) for one in words] == [6, 12, 6]  # of the encoder six, published six
     assert ["The figures that papers print" in page for page in pages] == [True, True, False]
     assert all(text in pages[1] for text in ("512 pixels a side", "kernel distance (KID)", "have no covariance"))
 

@@ -19,6 +19,7 @@ from wsi_brush.samples import (
     Field,
     blocks,
     by_tile,
+    common_pitch,
     elsewhere,
     embed_spots,
     field_of,
@@ -63,6 +64,27 @@ class TestSpots:
         assert len(some) == 50
         assert some == again != others
         assert set(some) < set(every)
+
+    @pytest.mark.parametrize("mpp", [0.4952, 0.5, 0.5044])
+    def test_a_region_that_is_rounded_to_pixels_has_all_its_squares(
+        self, slide: Slide, tmp_path: Path, mpp: float
+    ) -> None:
+        """A canvas of 512 pixels of 0.5 µm, on slides whose pixels are not of that size."""
+        other = open_slide(copied(slide, tmp_path / "other.tif"), force_mpp=mpp)
+        side = round(512 * 0.5 / mpp)
+        field = field_of(other, Grid(mpp, 300, 280, side, side))
+        assert len(spots_of([field], 0.5, 128, stride=1.0)) == 16
+
+    def test_all_are_read_at_a_pitch_at_which_they_lose_alike(self, slide: Slide, tmp_path: Path) -> None:
+        path = copied(slide, tmp_path / "other.tif")
+        fields = {mpp: field_of(open_slide(path, force_mpp=mpp)) for mpp in (0.25, 0.5, 0.5002, 0.5044)}
+
+        def pitch(*mpps: float) -> float:
+            return common_pitch([fields[mpp] for mpp in mpps], 0.5)
+
+        assert (pitch(0.5, 0.5), pitch(0.25, 0.5), pitch(0.25, 0.25)) == (0.5, 0.5, 0.5)
+        assert (pitch(0.5, 0.5002), pitch(0.5044, 0.5044)) == (0.5002, 0.5044)
+        assert pitch(0.5, 0.5044) == pytest.approx(2**0.5 * 0.5044)
 
     def test_no_tissue_is_said(self, tmp_path: Path) -> None:
         blank = write_pyramid(tmp_path / "blank.tif", [np.full((256, 256, 3), 250, np.uint8)])

@@ -13,7 +13,7 @@ from wsi_brush.commit import staged
 from wsi_brush.embed import slide_fingerprint
 from wsi_brush.grid import Grid
 from wsi_brush.pyramid import Pyramid
-from wsi_brush.samples import halves, spots_of
+from wsi_brush.samples import spots_of
 from wsi_brush.sides import Pair, open_all, open_sides, painted_after
 from wsi_brush.slide import Slide, open_slide
 
@@ -45,7 +45,10 @@ class TestSides:
         copy = copied(slide, tmp_path / "copy.tif")
         sides = open_sides([slide.path], [copy])
         assert sides.pairs == [Pair(0, 0, 0.0, 0.0)]
-        assert sides.notes == []
+        assert sides.notes == ["paired by their order: tissue.tif with copy.tif"]
+        sides = open_sides([slide.path], [copy], by_order=False)
+        assert (sides.pairs, sides.paired) == ([], False)
+        assert sides.notes == ["1 real and 1 synthetic: not paired, so nothing is said about control"]
 
     def test_of_another_size_they_are_none(self, slide: Slide, tmp_path: Path) -> None:
         part = copied(slide, tmp_path / "part.tif", Grid(0.5, 256, 256, 512, 512))
@@ -56,14 +59,22 @@ class TestSides:
     def test_two_may_follow_one(self, slide: Slide, tmp_path: Path) -> None:
         copies = [copied(slide, tmp_path / name) for name in ("one.tif", "two.tif")]
         sides = open_sides([slide.path, slide.path], copies)
-        assert sides.pairs == [Pair(0, 0, 0.0, 0.0), Pair(1, 1, 0.0, 0.0)]
-        spots = spots_of(sides.real, 0.5, 64)
-        seen = np.zeros((2, 1024, 1024), np.bool_)
-        for half, part in enumerate(halves(sides.real, spots)):
-            for number in part:
-                grid = spots[number].grid
-                seen[half, grid.top : grid.bottom, grid.left : grid.right] = True
-        assert not (seen[0] & seen[1]).any()  # one slide named twice is one slide
+        assert sides.pairs == [Pair(0, 0, 0.0, 0.0), Pair(0, 1, 0.0, 0.0)]
+        assert len(sides.real) == 1  # one slide named twice is one slide, and its tiles are no two tiles
+        assert sides.notes == ["paired by their order: tissue.tif with one.tif, and 1 more"]
+
+    def test_a_painting_is_looked_at_where_its_reference_has_tissue(self, slide: Slide, tmp_path: Path) -> None:
+        blank = write_pyramid(tmp_path / "blank.tif", [np.full((*slide.grid.shape, 3), 250, np.uint8)])
+        half = slide.read(slide.grid)
+        half[:, : half.shape[1] // 2] = 250
+        torn = write_pyramid(tmp_path / "torn.tif", [half], compression="zlib", compressionargs={})
+        sides = open_sides([slide.path] * 2, [blank, torn])
+        real, synthetic = sides.spots(0.5, 64)
+        assert [spot.grid for spot in synthetic[::2]] == [spot.grid for spot in real]
+        assert [spot.field for spot in synthetic] == [0, 1] * len(real)
+        assert "blank.tif: no tissue; is it H&E, and is its pixel size right?" in sides.notes
+        assert len(sides.spots(0.5, 64, most=9)[1]) == 9
+        assert not open_sides([slide.path], [blank], by_order=False).spots(0.5, 64)[1]
 
     def test_nor_when_there_are_more_of_one(self, slide: Slide, tmp_path: Path) -> None:
         copied(slide, tmp_path / "one.tif")
@@ -76,7 +87,7 @@ class TestSides:
         half = write_pyramid(tmp_path / "half.tif", [slide.read(Grid(1.0, 0, 0, 512, 512))], mpp=1.0)
         sides = open_sides([slide.path], [half])
         assert sides.pairs == [Pair(0, 0, 0.0, 0.0)]
-        assert sides.notes == ["pixel sizes from 0.5 to 1 µm: all are read at the same pitches"]
+        assert sides.notes[1:] == ["pixel sizes from 0.5 to 1 µm: all are read at the same pitches"]
 
     def test_a_painting_knows_its_place(self, slide: Slide, tmp_path: Path) -> None:
         place = Grid(0.5, 320, 256, 384, 448)
@@ -128,7 +139,7 @@ class TestSides:
         copied(slide, tmp_path / "plain.tif")
         sides = open_sides([other], [*paintings[:1], tmp_path / "plain.tif"])
         assert len(sides.pairs) == 1
-        assert sides.notes == ["1 real and 2 synthetic: not paired (plain.tif), so nothing is said about control"]
+        assert sides.notes == ["plain.tif: in no pair, so left out of control"]
         # older ones, and other images, are taken in their order
         old = painted(slide, tmp_path / "old.ome.zarr", places[1])
         sides = open_sides([slide.path, other], [old, paintings[0]])

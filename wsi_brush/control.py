@@ -115,14 +115,15 @@ def retrieval(
     """
     tile = encoders[0].tile
     per = max(1, round(_PLACE / mpp / tile))
-    ours, theirs = [], []
+    ours, own, places = list[Spot](), list[int](), dict[Spot, int]()
     for pair in sides.pairs:
         for spot in spots_of([sides.real[pair.real]], mpp, per * tile, stride=stride, most=64):
             ours.append(Spot(pair.synthetic, pair.here(spot.grid)))
-            theirs.append(Spot(pair.real, spot.grid))
-    if len(ours) < 4:
-        return [{"regions": len(ours), "missing": "fewer than 4 regions"}] * len(encoders)
-    told, step = Told(tell, "looking for the own reference", 2 * len(ours)), max(1, per // 4)
+            own.append(places.setdefault(Spot(pair.real, spot.grid), len(places)))
+    theirs = list(places)
+    if len(theirs) < 4:
+        return [{"regions": len(theirs), "missing": "fewer than 4 regions"}] * len(encoders)
+    told, step = Told(tell, "looking for the own reference", len(ours) + len(theirs)), max(1, per // 4)
 
     def embedded(fields: Sequence[Field], spots: Sequence[Spot]) -> list[Vectors]:
         """Of each encoder (n, tiles of a region, dim); of many tiles, 4 x 4 or a few more that are spread evenly."""
@@ -136,25 +137,26 @@ def retrieval(
         return [np.stack(vectors) for vectors in found]
 
     return [
-        {"regions": len(ours), "side": per * tile * mpp, "chance": round(1 / len(ours), 4)} | _ranked(*pair)
+        {"regions": len(theirs), "side": per * tile * mpp, "chance": round(1 / len(theirs), 4)} | _ranked(*pair, own)
         for pair in zip(embedded(sides.synthetic, ours), embedded(sides.real, theirs), strict=True)
     ]
 
 
-def _ranked(ours: Vectors, real: Vectors) -> dict[str, Any]:
-    first, side = _ranks(ours.mean(1), real.mean(1)), math.isqrt(real.shape[1])
+def _ranked(ours: Vectors, real: Vectors, own: Sequence[int]) -> dict[str, Any]:
+    first, side = _ranks(ours.mean(1), real.mean(1), own), math.isqrt(real.shape[1])
     found = _share("top1", first < 1) | _share("top5", first < 5)
     if side > 1:
         black = np.indices((side, side)).sum(0).ravel() % 2 == 0  # of a chessboard of tiles
-        found |= _share("real", _ranks(real[:, black].mean(1), real[:, ~black].mean(1)) < 1)
+        halves = real[:, black].mean(1), real[:, ~black].mean(1)
+        found |= _share("real", _ranks(*halves, range(len(real))) < 1)
     return found
 
 
-def _ranks(ours: Vectors, real: Vectors) -> NDArray[np.int_]:
-    """How many others are nearer than the own one."""
+def _ranks(ours: Vectors, real: Vectors, own: Sequence[int]) -> NDArray[np.int_]:
+    """How many others are as near as the own one, or nearer."""
     one, other = _standard(ours, real)
     scores = one @ other.T
-    return np.asarray((scores > scores.diagonal()[:, None]).sum(1))
+    return np.asarray((scores >= scores[np.arange(len(ours)), own][:, None]).sum(1) - 1)
 
 
 def _share(name: str, hits: NDArray[np.bool_]) -> dict[str, float | None]:

@@ -17,10 +17,10 @@ from .control import Descriptor, control
 from .copying import copying
 from .embed import TileEncoder
 from .errors import UsageError
-from .likeness import distribution, see, texture
+from .likeness import distribution, see, texture, through_thumbnails
 from .progress import Tell
 from .published import Networks, published
-from .samples import Codec, Field, shows
+from .samples import Codec, Field, common_pitch, shows
 from .sides import Sides
 from .slide import Slide
 
@@ -61,13 +61,8 @@ def evaluate_slides(
     left_out = [mpp for mpp in SCALES if mpp not in scales]
     if left_out:
         notes.append(f"not at {', '.join(f'{mpp:g}' for mpp in left_out)} µm, which not every slide shows")
-    for encoder in encoders:
-        if any(made.get("encoder_fingerprint") == encoder.fingerprint for made in sides.brushes):
-            notes.append(
-                f"encoder {encoder.name} is the one that the brush was conditioned on: distances in its space flatter "
-                f"the brush; {'give' if len(encoders) == 1 else 'look at'} another --encoder beside it"
-            )
-    finest = max(SCALES[0], *(one.slide.mpp for one in both))
+    notes += _warnings(sides, encoders)
+    finest = common_pitch(both, SCALES[0])
     figures: dict[str, Any] = {
         "format": 2, "wsi_brush": __version__, "seed": seed, "codec": one_codec.word, "most": most,
         "encoders": [{"name": one.name, "fingerprint": one.fingerprint, "dim": one.dim, "tile": one.tile}
@@ -78,7 +73,8 @@ def evaluate_slides(
     for mpp in scales:
         every = see(sides, mpp, encoders, one_codec, most=most, seed=seed, tell=tell)
         for encoder, seen in zip(encoders, every, strict=True):
-            figures["scales"][encoder.name][f"{mpp:g}"] = distribution(sides, seen, seed=seed)
+            shrunk = through_thumbnails(sides, seen, encoder, one_codec, tell=tell)
+            figures["scales"][encoder.name][f"{mpp:g}"] = distribution(sides, seen, seed=seed, thumbnail=shrunk)
     figures["texture"] = texture(sides, one_codec, mpp=finest, seed=seed, tell=tell)
     figures["seams"] = gradients(sides, one_codec, seed=seed)
     figures["borders"] = crops(sides, encoders, one_codec, most=most, seed=seed, tell=tell)
@@ -97,6 +93,35 @@ def evaluate_slides(
         )
         sides.training = searched.training
     return figures | {"notes": notes, "seconds": round(time.monotonic() - start, 1)}
+
+
+def _warnings(sides: Sides, encoders: Sequence[TileEncoder]) -> list[str]:
+    """What must be known of the encoders, and of sides that are not paired, before figures are believed."""
+    found = []
+    trained_with = {made.get("encoder_fingerprint"): made.get("encoder") for made in sides.brushes}
+    for encoder in encoders:
+        if encoder.fingerprint in trained_with:
+            found.append(
+                f"encoder {encoder.name} is the one that the brush was conditioned on: distances in its space flatter "
+                f"the brush; {'give' if len(encoders) == 1 else 'look at'} another --encoder beside it"
+            )
+    absent = set(trained_with) - {encoder.fingerprint for encoder in encoders} - {None}
+    if absent:
+        names = ", ".join(sorted(str(trained_with[one]) for one in absent))
+        found.append(
+            f"the brush was conditioned on {names}, which is not among the encoders: control is of others only"
+        )
+    if not sides.paired:
+        shares = [
+            100 * sum(int(one.tissue.sum()) for one in side) / sum(one.tissue.size for one in side)
+            for side in (sides.real, sides.synthetic)
+        ]
+        found.append(
+            f"not all are paired, so tiles are where each side has tissue ({shares[0]:.0f} % of the real one, "
+            f"{shares[1]:.0f} % of the other), and the floor is of neighbouring squares of the same real slides: other "
+            "tissue of their kind, real too, lies above it"
+        )
+    return found
 
 
 def _said(one: Field) -> dict[str, Any]:

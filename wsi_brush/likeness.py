@@ -15,20 +15,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from .distances import Groups, Overlap, Vectors, frechet, interval, kernel_distance, overlap
 from .embed import TileEncoder
+from .grid import Grid
 from .progress import Tell, Told
-from .samples import Codec, Field, Spot, blocks, by_tile, embed_spots, halves, read_spots, spots_of
+from .samples import Codec, Field, Spot, blocks, by_tile, embed_spots, halves, read_spots
 from .sides import Sides
+from .slide import Slide
 from .texture import densities, find_nuclei, nuclear_threshold, octaves, stain_distance
 
-_WINDOW, _WINDOWS, _OCTAVES = 512, 48, 6  # pixels, and how many, for spectrum, stain and nuclei
+_WINDOWS, _AREA, _FEWEST = (512, 256, 128), 48 * 512**2, 4  # for spectrum, stain and nuclei: pixels, how many windows
+_OCTAVES = 6
+THUMBNAIL = 256
+"""Pixels of the longer side of a thumbnail."""
 _SHARP = 1.0  # µm: the coarsest pitch at which nuclei are looked for
 _PIXELS = 1000  # of a window, for stain
 _LIMITS = {"kernel": (-math.inf, math.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0), "coverage": (0.0, 1.0)}
 _FEW = 8  # blocks; of fewer, no interval is drawn
 _WIDE = 1024  # numbers of a vector; of more, the Fréchet distance alone takes seconds, and a bootstrap hours
+_REACH = 2  # pixels of a thumbnail that bicubic interpolation reaches beyond an edge
+_TOGETHER = 2**20  # pixels of thumbnails that are held at once
 _LEAST, _NEIGHBOURS = 8, 20  # tiles a half, without which nothing is said, and nothing of neighbourhoods
 
 
@@ -47,8 +55,9 @@ def measured(
     names: Sequence[Any], figure: Callable[[Any, Any], Any], samples: Samples, *, seed: int, draws: int = 100
 ) -> dict[Any, dict[str, Any]]:
     """Figures of each pair of samples with their intervals: by name value, low, high, floor, floor_low, floor_high, ...
-    (None where there is none), n (rows of the two sides) and seed."""
+    (None where there is none), n, floor_n, ... (rows of the two) and seed."""
     found: dict[Any, dict[str, Any]] = {name: {} for name in names}
+    about: dict[str, Any] = {"seed": seed}
     for start, pair in samples.items():
         nothing = [None] * len(names)
         values, edges = (nothing, [nothing] * 2) if pair is None else bounded(figure, pair, seed=seed, draws=draws)
@@ -57,7 +66,7 @@ def measured(
             limits = _LIMITS.get(name, (0.0, math.inf))
             found[name] |= {start: number(value)}
             found[name] |= {f"{before}{k}": number(v, limits) for k, v in (("low", low), ("high", high))}
-    about = {"n": [len(one.values) for one in samples["value"] or ()], "seed": seed}
+        about[f"{before}n"] = [len(one.values) for one in pair or ()]
     return {name: one | about for name, one in found.items()}
 
 
@@ -100,8 +109,8 @@ def see(
     """
     found: dict[str, Seen] = {}
     for alike in by_tile(encoders):
-        tile, both = alike[0].tile, (sides.real, sides.synthetic)
-        real, synthetic = (spots_of(fields, mpp, tile, most=most, seed=seed) for fields in both)
+        both = sides.real, sides.synthetic
+        real, synthetic = sides.spots(mpp, alike[0].tile, most=most, seed=seed)
         told, parts = Told(tell, f"{words} at {mpp:g} µm", len(real) + len(synthetic)), halves(sides.real, real)
         vectors = [embed_spots(f, s, alike, codec, told) for f, s in zip(both, (real, synthetic), strict=True)]
         for encoder, one, other in zip(alike, *vectors, strict=True):
@@ -113,8 +122,8 @@ def distribution(sides: Sides, seen: Seen, *, seed: int, thumbnail: Vectors | No
     """Fréchet and kernel distance, precision, recall, density and coverage of one scale, at equal numbers of tiles.
 
     One real half is compared with the other (the floor), and with the synthetic tiles that lie where the other half
-    does; where nothing is paired, with any. `thumbnail`: a vector for each real tile, of which those of the second half
-    are compared too (`published`).
+    does; where not all are paired, with any. `thumbnail`: a vector for each real tile, of which those of the second
+    half are compared too (`through_thumbnails`).
     """
     first, second = seen.parts
     theirs = _beside_second(sides, seen.spots[1])
@@ -144,6 +153,42 @@ def distribution(sides: Sides, seen: Seen, *, seed: int, thumbnail: Vectors | No
     return found | measured(names, overlap, samples, seed=seed)
 
 
+def through_thumbnails(
+    sides: Sides, seen: Seen, encoder: TileEncoder, codec: Codec, factor: int | None = None, tell: Tell | None = None
+) -> Vectors:
+    """What an encoder makes of the real tiles of the second half, each enlarged from a thumbnail: `factor` times
+    smaller, or of its field `THUMBNAIL` pixels. What it made of them where that is no smaller; zeros elsewhere.
+
+    A figure in which a thumbnail does as well as the slide itself does not see detail.
+    """
+    vectors = np.zeros_like(seen.vectors[0])
+    told = Told(tell, f"{encoder.name}, thumbnails", len(seen.parts[1]))
+    batch = max(1, _TOGETHER // encoder.tile**2)
+    for start in range(0, len(seen.parts[1]), batch):
+        part = seen.parts[1][start : start + batch]
+        shrunk = []
+        for number in part:
+            field, grid = sides.real[seen.spots[0][number].field], seen.spots[0][number].grid
+            times = factor or round(max(field.area.shape) * field.slide.mpp / grid.mpp / THUMBNAIL)
+            if times > 1:
+                shrunk.append((number, codec(thumbnail(field.slide, grid, times))))
+            else:
+                vectors[number] = seen.vectors[0][number]
+        if shrunk:
+            numbers, squares = zip(*shrunk, strict=True)
+            vectors[list(numbers)] = encoder(np.stack(squares))
+        told.add(len(part))
+    return vectors
+
+
+def thumbnail(slide: Slide, grid: Grid, factor: int) -> NDArray[np.uint8]:
+    """A square of a slide, shrunk by the mean over `factor` x `factor` pixels and enlarged again (bicubic)."""
+    margin = _REACH * factor
+    image = Image.fromarray(slide.read(grid.pad(margin)))
+    large = np.asarray(image.reduce(factor).resize(image.size, Image.Resampling.BICUBIC))
+    return large[margin : margin + grid.height, margin : margin + grid.width]
+
+
 def compared(samples: Samples, *, seed: int) -> dict[str, Any]:
     """Fréchet and kernel distance of vectors; in place of the former, why not, where they have no covariance."""
     sets = [one.values for pair in samples.values() for one in pair or ()]
@@ -156,7 +201,7 @@ def compared(samples: Samples, *, seed: int) -> dict[str, Any]:
 
 def _beside_second(sides: Sides, spots: list[Spot]) -> list[int]:
     """The synthetic spots, by number, whose places on the real slides lie in the second half."""
-    if len(sides.pairs) < len(sides.synthetic):
+    if not sides.paired:
         return list(range(len(spots)))
     by_field = {pair.synthetic: pair for pair in sides.pairs}
     places = [Spot(by_field[spot.field].real, by_field[spot.field].there(spot.grid)) for spot in spots]
@@ -184,12 +229,16 @@ def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | N
     A distance is the larger the fewer windows it is of, so those are between halves and at equal numbers, as those of
     tiles are; ratios are of all windows.
     """
-    both = (sides.real, sides.synthetic)
-    real, synthetic = (spots_of(f, mpp, _WINDOW, stride=1.0, most=_WINDOWS, seed=seed) for f in both)
-    if min(len(real), len(synthetic)) < 4:
-        return {"missing": f"fewer than 4 windows of {_WINDOW} pixels with tissue at {mpp:g} µm"}
+    both, window, windows = (sides.real, sides.synthetic), 0, list[_Windows]()
+    real, synthetic = list[Spot](), list[Spot]()
+    for window in _WINDOWS:  # the largest that fit
+        most = _AREA // window**2
+        real, synthetic = sides.spots(mpp, window, stride=1.0, most=most, seed=seed)
+        if min(len(real), len(synthetic)) >= _FEWEST:
+            break
+    else:
+        return {"missing": f"fewer than {_FEWEST} windows of {window} pixels with tissue at {mpp:g} µm"}
     told, threshold = Told(tell, "looking at texture", len(real) + len(synthetic)), math.nan
-    windows: list[_Windows] = []
     for fields, spots in zip(both, (real, synthetic), strict=True):
         pixels = np.concatenate(list(read_spots(fields, spots, codec)))
         if mpp <= _SHARP and not windows:
@@ -200,7 +249,7 @@ def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | N
     drawn = [np.sort(random.choice(np.asarray(part, np.intp), count, replace=False)) for part in parts]
     said = partial(_beside, windows, parts=drawn, seed=seed)
     return {
-        "mpp": mpp, "window": _WINDOW, "real": len(real), "synthetic": len(synthetic), "n": count,
+        "mpp": mpp, "window": window, "real": len(real), "synthetic": len(synthetic), "n": count,
         "octaves": {"wavelength": [round(2 * mpp * 2**k, 3) for k in range(_OCTAVES)]}  # µm, the shortest of each
         | _listed("ratio", said("octaves", range(_OCTAVES), lambda a, b: b.mean(0) / a.mean(0), whole=True)),
         "stain": {"channels": ["red", "green", "blue"], "windows": count}
@@ -244,7 +293,7 @@ def _listed(name: str, found: dict[Any, dict[str, Any]]) -> dict[str, Any]:
     keys = ("value", "low", "high", "floor", "floor_low", "floor_high")
     listed = {name if key == "value" else key: [one[key] for one in found.values()] for key in keys}
     one = next(iter(found.values()))
-    return listed | {"n": one["n"], "seed": one["seed"]}
+    return listed | {key: one[key] for key in ("n", "floor_n", "seed")}
 
 
 def _stain(real: NDArray[Any], other: NDArray[Any]) -> Vectors:

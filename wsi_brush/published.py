@@ -30,15 +30,11 @@ from PIL import Image
 from torch import Tensor
 
 from .commit import sha256_of
-from .distances import Vectors
-from .embed import TileEncoder
 from .errors import MachineError, RefusedError
-from .grid import Grid
-from .likeness import Seen, distribution, see
+from .likeness import THUMBNAIL, distribution, see, through_thumbnails
 from .progress import Tell, Told
-from .samples import Codec, halves, spots_of
+from .samples import Codec, halves
 from .sides import Sides
-from .slide import Slide
 
 CLIP_HOME = ("timm/vit_base_patch32_clip_224.openai", "a6f597a30f7b82c51704746581f9a4e41421e878")
 """Repository on the Hugging Face hub, and its revision."""
@@ -49,11 +45,10 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 INCEPTION_LAYER = "2048"
 """torch-fidelity's name of the last pooling, which is the length of its vectors."""
 
-CROP, THUMBNAIL = 256, 256  # pixels a side
+CROP = 256  # pixels a side
 _IMAGES = (4096, 2048, 1024, 512)  # pixels a side that a CLIP FID is taken of: the largest with
 _FEWEST = 16  # of them in each real half and among the synthetic ones
 _BATCH = 16
-_MARGIN = 2  # pixels of a thumbnail that bicubic interpolation reaches beyond an edge
 
 
 # -- networks ------------------------------------------------------------------------------------------
@@ -254,7 +249,7 @@ def published(
         eye = network.at(side)
         words = f"{network.name}, {side} pixels"
         (seen,) = see(sides, mpp, [eye], codec, most=most, seed=seed, tell=tell, words=words)
-        shrunk = _through_thumbnails(sides, seen, eye, codec, image // THUMBNAIL, tell)
+        shrunk = through_thumbnails(sides, seen, eye, codec, image // THUMBNAIL, tell)
         about = {"network": network.name, "fingerprint": network.fingerprint, "dim": network.dim, "side": side}
         found[name] = about | distribution(sides, seen, seed=seed, thumbnail=shrunk)
     return found
@@ -263,30 +258,7 @@ def published(
 def image_side(sides: Sides, mpp: float) -> int:
     """Side of the images of which a CLIP FID is taken, pixels: it depends on the slides alone."""
     for side in _IMAGES:
-        real, other = (spots_of(fields, mpp, side, most=sys.maxsize) for fields in (sides.real, sides.synthetic))
+        real, other = sides.spots(mpp, side, most=sys.maxsize)
         if min(len(other), *map(len, halves(sides.real, real))) >= _FEWEST:
             return side
     return _IMAGES[-1]
-
-
-def thumbnail(slide: Slide, grid: Grid, factor: int) -> NDArray[np.uint8]:
-    """A square of a slide, shrunk by the mean over `factor` x `factor` pixels and enlarged again (bicubic)."""
-    margin = _MARGIN * factor
-    image = Image.fromarray(slide.read(grid.pad(margin)))
-    large = np.asarray(image.reduce(factor).resize(image.size, Image.Resampling.BICUBIC))
-    return large[margin : margin + grid.height, margin : margin + grid.width]
-
-
-def _through_thumbnails(
-    sides: Sides, seen: Seen, network: TileEncoder, codec: Codec, factor: int, tell: Tell | None
-) -> Vectors:
-    """What a network makes of the real squares, each enlarged from a thumbnail; zeros outside the second half."""
-    vectors, numbers = np.zeros_like(seen.vectors[0]), seen.parts[1]
-    told = Told(tell, f"{network.name}, thumbnails", len(numbers))
-    for start in range(0, len(numbers), count := max(1, _BATCH * CROP**2 // network.tile**2)):
-        part = numbers[start : start + count]
-        spots = [seen.spots[0][number] for number in part]
-        squares = [codec(thumbnail(sides.real[spot.field].slide, spot.grid, factor)) for spot in spots]
-        vectors[part] = network(np.stack(squares))
-        told.add(len(part))
-    return vectors

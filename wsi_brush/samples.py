@@ -7,6 +7,7 @@ apart, where there is tissue; where there are too many, some are drawn by a seed
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,11 @@ class Spot(NamedTuple):
     grid: Grid
 
 
-def field_of(slide: Slide, area: Grid | None = None) -> Field:
-    """A whole slide, or an area of it (at its pitch, cut at its edges).
+def field_of(slide: Slide, area: Grid | None = None, *, blank: bool = False) -> Field:
+    """A whole slide, or an area of it (at its pitch, cut at its edges), which may be `blank`.
 
     Raises:
-        SlideError: if there is no tissue in it.
+        SlideError: if it may not, and there is no tissue in it.
     """
     if area is None:
         found = Field(_name(slide), slide, slide.grid, find_tissue(slide).mask)
@@ -60,7 +61,7 @@ def field_of(slide: Slide, area: Grid | None = None) -> Field:
             round(length * slide.mpp / PITCH) for length in (area.top, area.left, area.height, area.width)
         )
         found = Field(_name(slide), slide, area, tissue_mask(slide.read(Grid(PITCH, top, left, height, width)), PITCH))
-    if not found.tissue.any():
+    if not blank and not found.tissue.any():
         raise SlideError(f"{slide.path}: no tissue to be looked at; is it H&E, and is its pixel size right?")
     return found
 
@@ -79,17 +80,24 @@ def spots_of(
     step, corners = side // parts, []
     for index, one in enumerate(fields):
         top, left = _corner(one, mpp)
-        # counted from the field's corner; a square is parts x parts cells
-        rows, columns = (int(length * one.slide.mpp / mpp / step + 1e-6) for length in one.area.shape)
+        # counted from the field's corner; a square is parts x parts cells. Of the last one a part of a pixel of level 0
+        # may be missing, to which regions are rounded
+        rows, columns = (int((length + 1) * one.slide.mpp / mpp / step) for length in one.area.shape)
         cover = Tissue(one.tissue, Grid(PITCH, 0, 0, *one.tissue.shape)).cover(Grid(mpp * step, 0, 0, rows, columns))
         high, wide = max(rows - parts + 1, 0), max(columns - parts + 1, 0)
         mean = sum(cover[r : r + high, c : c + wide] for r in range(parts) for c in range(parts)) / parts**2
         places = np.argwhere(mean >= COVER) * step + [top, left]
         corners.append(np.column_stack([np.full(len(places), index), places]))
     every = np.concatenate(corners)
-    if len(every) > most:
-        every = every[np.sort(np.random.default_rng(seed).choice(len(every), most, replace=False))]
+    every = every[drawn(len(every), most, seed)]
     return [Spot(int(index), Grid(mpp, int(row), int(column), side, side)) for index, row, column in every]
+
+
+def drawn(count: int, most: int, seed: int) -> NDArray[np.intp]:
+    """The numbers from 0 to `count`, or `most` of them, in order."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
 
 
 def halves(fields: Sequence[Field], spots: Sequence[Spot]) -> tuple[list[int], list[int]]:
@@ -240,6 +248,17 @@ def embed_spots(
         done += len(tiles)
         told.add(len(tiles))
     return found
+
+
+def common_pitch(fields: Sequence[Field], least: float) -> float:
+    """The finest pitch, from `least` µm on, at which all are read alike: the coarsest of their own, or where that is no
+    multiple of another half an octave more. Read at its own pitch a slide loses nothing, resampled some of its detail.
+    """
+    pitches = [one.slide.mpp for one in fields]
+    finest = max(least, *pitches)
+    alike = max(pitches) <= 1.001 * min(pitches)
+    whole = all(abs(ratio - round(ratio)) <= 1e-3 * ratio for ratio in (finest / mpp for mpp in pitches))
+    return finest if alike or whole else math.sqrt(2) * finest
 
 
 def shows(field: Field, mpp: float) -> bool:

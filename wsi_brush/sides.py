@@ -12,7 +12,7 @@ from .embed import slide_fingerprint
 from .grid import Grid
 from .inputs import find_inputs
 from .progress import Tell, Told
-from .samples import Field, field_of
+from .samples import Field, Spot, drawn, field_of, spots_of
 from .slide import Slide, open_slide
 
 
@@ -62,6 +62,26 @@ class Sides:
     brushes: list[dict[str, Any]] = field(default_factory=list)
     training: list[Slide] = field(default_factory=list)
 
+    @property
+    def paired(self) -> bool:
+        """Whether every synthetic field follows a real one."""
+        return len(self.pairs) == len(self.synthetic)
+
+    def spots(
+        self, mpp: float, side: int, *, stride: float = 0.5, most: int = 1024, seed: int = 0
+    ) -> tuple[list[Spot], list[Spot]]:
+        """Squares of both sides, as `spots_of`. Where all are paired, the synthetic ones lie at the places of the real
+        ones, whatever was painted there: tissue that is missing is not to be missed."""
+        options: dict[str, Any] = {"stride": stride, "most": most, "seed": seed}
+        real = spots_of(self.real, mpp, side, **options)
+        if not self.paired:
+            return real, spots_of(self.synthetic, mpp, side, **options)
+        followers: dict[int, list[Pair]] = {}
+        for pair in self.pairs:
+            followers.setdefault(pair.real, []).append(pair)
+        every = [Spot(pair.synthetic, pair.here(grid)) for k, grid in real for pair in followers.get(k, ())]
+        return real, [every[k] for k in drawn(len(every), most, seed)]
+
 
 def open_all(
     paths: Iterable[Slide | Path | str], *, assume_mpp: float | None = None, force_mpp: float | None = None
@@ -87,55 +107,58 @@ def open_all(
 
 def open_sides(
     real: Iterable[Slide | Path | str], synthetic: Iterable[Slide | Path | str], *, assume_mpp: float | None = None,
-    force_mpp: float | None = None, tell: Tell | None = None,
+    force_mpp: float | None = None, by_order: bool = True, tell: Tell | None = None,
 ) -> Sides:  # fmt: skip
     """Slides, pyramids, plain images and folders of them, as fields.
 
     A painting of ours says which region of which slide it follows: that one is looked for among all real ones, by the
     fingerprint of its file. Other slides, and older paintings, which name none, are pairs by their order where there
-    are as many of one side as of the other, and where the real slide (the region) is as large as the synthetic one.
+    are as many of one side as of the other, and where the real slide (the region) is as large as the synthetic one;
+    not `by_order`, only those that say so are pairs.
+
+    A real region that several paintings follow is one field. A painting without tissue is one that failed, and counts.
 
     Raises:
-        SlideError: if one cannot be read, or has no tissue.
+        SlideError: if one cannot be read, or a real one has no tissue.
         UsageError: if a folder is empty.
     """
     slides = [open_all(paths, assume_mpp=assume_mpp, force_mpp=force_mpp) for paths in (real, synthetic)]
     about = [painted_after(slide.path) for slide in slides[1]]
     sides = Sides([], [], [], brushes=[one for one in about if one is not None])
-    matched = _matched(slides[0], slides[1], about, sides.notes)
-    places: list[list[tuple[int, Grid]]] = [[] for _ in slides[0]]  # which synthetic slides follow each real one, where
-    for number, found in enumerate(matched):
-        if found is not None:
-            places[found[0]].append((number, found[1]))
-    told = Told(tell, "looking for tissue", len(slides[1]) + sum(max(len(followed), 1) for followed in places))
-
-    def field(slide: Slide, area: Grid | None = None) -> Field:
-        one = field_of(slide, area)
+    matched = _matched(slides[0], slides[1], about, sides.notes, by_order=by_order)
+    regions: dict[tuple[Path, Grid], Slide] = {}
+    for number, slide in enumerate(slides[0]):
+        places = [found[1] for found in matched if found is not None and found[0] == number]
+        regions |= {(slide.path, place): slide for place in places or [slide.grid]}
+    order, told = list(regions), Told(tell, "looking for tissue", len(regions) + len(slides[1]))
+    for (_, area), slide in regions.items():
+        sides.real.append(field_of(slide, None if area == slide.grid else area))
         told.add()
-        return one
-
-    for slide, followed in zip(slides[0], places, strict=True):
-        for number, place in followed:
-            sides.pairs.append(Pair(len(sides.real), number, *place.extent[:2]))
-            sides.real.append(field(slide, place))
-        if not followed:
-            sides.real.append(field(slide))
-    sides.synthetic = [field(slide) for slide in slides[1]]
+    for number, (slide, found) in enumerate(zip(slides[1], matched, strict=True)):
+        sides.synthetic.append(one := field_of(slide, blank=True))
+        if not one.tissue.any():
+            sides.notes.append(f"{one.name}: no tissue; is it H&E, and is its pixel size right?")
+        if found is not None:
+            region = order.index((slides[0][found[0]].path, found[1]))
+            sides.pairs.append(Pair(region, number, *found[1].extent[:2]))
+        told.add()
+    sides.pairs.sort()
     pitches = sorted({round(one.mpp, 4) for side in slides for one in side})
-    if pitches[-1] > pitches[0] * 1.01:
+    if pitches[-1] > pitches[0] * 1.001:
         sides.notes.append(f"pixel sizes from {pitches[0]:g} to {pitches[-1]:g} µm: all are read at the same pitches")
     return sides
 
 
 def _matched(
-    real: list[Slide], synthetic: list[Slide], about: list[dict[str, Any] | None], notes: list[str]
+    real: list[Slide], synthetic: list[Slide], about: list[dict[str, Any] | None], notes: list[str], *, by_order: bool
 ) -> list[tuple[int, Grid] | None]:
     """For each synthetic slide the number of the real one that it follows and the place there, if that is known."""
     named = [(made or {}).get("reference", {}).get("fingerprint") for made in about]
     prints = [slide_fingerprint(one.path) for one in real] if any(named) else []
+    in_order = by_order and len(real) == len(synthetic)
     found: list[tuple[int, Grid] | None] = []
     for number, (slide, made, name) in enumerate(zip(synthetic, about, named, strict=True)):
-        among = [number] if len(real) == len(synthetic) else []
+        among = [number] if in_order else []
         if name:
             among = [k for k, digits in enumerate(prints) if digits.startswith(str(name))]
         mine = number if number in among else among[0] if among else None
@@ -145,12 +168,18 @@ def _matched(
             notes.append(f"{slide.path.name}: painted after none of the real slides, so no pair")
         elif mine is not None and place is None:
             notes.append(f"{slide.path.name}: {_unlike(real[mine], made)}, so no pair")
-    loose = [slide.path.name for slide, name in zip(synthetic, named, strict=True) if not name]
-    if len(real) != len(synthetic) and loose:
-        which = "" if len(loose) == len(synthetic) else f" ({', '.join(loose)})"
+    loose = [number for number, name in enumerate(named) if not name]
+    if loose and not in_order:
+        names = ", ".join(synthetic[number].path.name for number in loose)
         notes.append(
-            f"{len(real)} real and {len(synthetic)} synthetic: not paired{which}, so nothing is said about control"
+            f"{names}: in no pair, so left out of control"
+            if len(loose) < len(synthetic)
+            else f"{len(real)} real and {len(synthetic)} synthetic: not paired, so nothing is said about control"
         )
+    ordered = [number for number in loose if found[number] is not None]
+    if ordered:
+        first, more = ordered[0], f", and {len(ordered) - 1} more" if len(ordered) > 1 else ""
+        notes.append(f"paired by their order: {real[first].path.name} with {synthetic[first].path.name}{more}")
     return found
 
 
