@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from wsi_brush.control import Descriptor
 from wsi_brush.distances import frechet, overlap
 from wsi_brush.errors import SlideError
-from wsi_brush.likeness import Rows, distribution, measured, see, texture
+from wsi_brush.likeness import Rows, distribution, measured, see, texture, through_thumbnails
 from wsi_brush.samples import Codec, common_pitch
 from wsi_brush.sides import Sides, open_sides
 from wsi_brush.slide import open_slide
@@ -63,6 +63,16 @@ class TestDistribution:
         assert (more["real"], more["n"]) == (alone["real"], alone["n"])
         for name in ("kernel", "recall", "coverage"):
             assert more[name]["floor"] == alone[name]["floor"]
+
+    def test_a_thumbnail_that_shows_all_of_a_slide_is_the_slide(
+        self, pixels: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        sides = sides_of(tmp_path, pixels, pixels)
+        for mpp, same in ((2.0, True), (1.0, False)):
+            (seen,) = see(sides, mpp, [Descriptor()], PLAIN, most=1024, seed=0)
+            shrunk = through_thumbnails(sides, seen, Descriptor(), PLAIN)[seen.parts[1]]
+            assert len(shrunk) > 0
+            assert np.array_equal(shrunk, seen.vectors[0][seen.parts[1]]) == same
 
     def test_what_was_left_blank_is_looked_at(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
         torn = pixels.copy()
