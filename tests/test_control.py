@@ -120,7 +120,7 @@ def test_paintings_that_follow_one_region_are_found_among_regions_not_among_them
     ]
     sides = open_sides([real] * 3, strangers)
     (found,) = retrieval(sides, [Descriptor()], Codec("none"), 1.0)
-    assert (found["regions"], found["chance"]) == (16, 0.0625)
+    assert (found["n"], found["regions"], found["chance"]) == (48, 16, 0.0625)
     assert found["top1"] == 0
     blank = write_pyramid(tmp_path / "blank.tif", [np.full_like(pixels, 250)], **options)
     (found,) = retrieval(open_sides([real], [blank]), [Descriptor()], Codec("none"), 1.0)

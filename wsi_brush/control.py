@@ -105,7 +105,7 @@ def retrieval(
     tell: Tell | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Of each encoder: regions of 512 µm, each the mean of its tiles: is the nearest real one the own reference?
-    (`top1`, `top5`)
+    (`top1`, `top5`, of `n` that ask; a region that several paintings follow is there once)
 
     `real`: how often the mean of half of a real region's tiles finds that of the other half. `stride`: 0.5 for regions
     that overlap by half, so that the own one is to be told from neighbours that share half of it.
@@ -137,7 +137,8 @@ def retrieval(
         return [np.stack(vectors) for vectors in found]
 
     return [
-        {"regions": len(theirs), "side": per * tile * mpp, "chance": round(1 / len(theirs), 4)} | _ranked(*pair, own)
+        {"n": len(ours), "regions": len(theirs), "side": per * tile * mpp, "chance": round(1 / len(theirs), 4)}
+        | _ranked(*pair, own)
         for pair in zip(embedded(sides.synthetic, ours), embedded(sides.real, theirs), strict=True)
     ]
 
