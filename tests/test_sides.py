@@ -76,6 +76,18 @@ class TestSides:
         assert len(sides.spots(0.5, 64, most=9)[1]) == 9
         assert not open_sides([slide.path], [blank], by_order=False).spots(0.5, 64)[1]
 
+    def test_of_many_slides_that_are_not_paired_the_halves_are_of_other_slides(
+        self, slide: Slide, tmp_path: Path
+    ) -> None:
+        part = Grid(0.5, 320, 256, 384, 384)
+        paths = [copied(slide, tmp_path / f"{k}.tif", part) for k in range(9)]
+        for count, paired, whole in ((9, False, True), (9, True, False), (7, False, False)):
+            sides = open_sides(paths[:count], paths[:count], by_order=paired)
+            spots = sides.spots(0.5, 64)[0]
+            one, other = ({spots[number].field for number in half} for half in sides.halves(spots))
+            assert one.isdisjoint(other) == whole
+        assert {len(one), len(other)} == {7}
+
     def test_nor_when_there_are_more_of_one(self, slide: Slide, tmp_path: Path) -> None:
         copied(slide, tmp_path / "one.tif")
         copied(slide, tmp_path / "two.tif")

@@ -118,8 +118,8 @@ def _warnings(sides: Sides, encoders: Sequence[TileEncoder]) -> list[str]:
         ]
         found.append(
             f"not all are paired, so tiles are where each side has tissue ({shares[0]:.0f} % of the real one, "
-            f"{shares[1]:.0f} % of the other), and the floor is of neighbouring squares of the same real slides: other "
-            "tissue of their kind, real too, lies above it"
+            f"{shares[1]:.0f} % of the other); with fewer than eight real slides the floor is of neighbouring squares "
+            "in them, and other slides, real too, lie above it"
         )
     return found
 

@@ -111,7 +111,7 @@ def see(
     for alike in by_tile(encoders):
         both = sides.real, sides.synthetic
         real, synthetic = sides.spots(mpp, alike[0].tile, most=most, seed=seed)
-        told, parts = Told(tell, f"{words} at {mpp:g} µm", len(real) + len(synthetic)), halves(sides.real, real)
+        told, parts = Told(tell, f"{words} at {mpp:g} µm", len(real) + len(synthetic)), sides.halves(real)
         vectors = [embed_spots(f, s, alike, codec, told) for f, s in zip(both, (real, synthetic), strict=True)]
         for encoder, one, other in zip(alike, *vectors, strict=True):
             found[encoder.name] = Seen((real, synthetic), (one, other), parts)
@@ -244,7 +244,7 @@ def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | N
         if mpp <= _SHARP and not windows:
             threshold = nuclear_threshold(list(pixels), mpp)
         windows.append(_looked_at(fields, spots, pixels, mpp, threshold, seed, told))
-    parts = [*halves(sides.real, real), _beside_second(sides, synthetic)]
+    parts = [*sides.halves(real), _beside_second(sides, synthetic)]
     count, random = min(map(len, parts)), np.random.default_rng(seed)
     drawn = [np.sort(random.choice(np.asarray(part, np.intp), count, replace=False)) for part in parts]
     said = partial(_beside, windows, parts=drawn, seed=seed)

@@ -33,7 +33,7 @@ from .commit import sha256_of
 from .errors import MachineError, RefusedError
 from .likeness import THUMBNAIL, distribution, see, through_thumbnails
 from .progress import Tell, Told
-from .samples import Codec, halves
+from .samples import Codec
 from .sides import Sides
 
 CLIP_HOME = ("timm/vit_base_patch32_clip_224.openai", "a6f597a30f7b82c51704746581f9a4e41421e878")
@@ -259,6 +259,6 @@ def image_side(sides: Sides, mpp: float) -> int:
     """Side of the images of which a CLIP FID is taken, pixels: it depends on the slides alone."""
     for side in _IMAGES:
         real, other = sides.spots(mpp, side, most=sys.maxsize)
-        if min(len(other), *map(len, halves(sides.real, real))) >= _FEWEST:
+        if min(len(other), *map(len, sides.halves(real))) >= _FEWEST:
             return side
     return _IMAGES[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,15 @@ def halves(fields: Sequence[Field], spots: Sequence[Spot]) -> tuple[list[int], l
     places = _places(fields, spots)
     first = places[parts[0]]
     return parts[0], [number for number in parts[1] if not _meet(places[number], first, side).any()]
+
+
+def slide_halves(fields: Sequence[Field], spots: Sequence[Spot]) -> tuple[list[int], list[int]]:
+    """The same of whole slides, about as many spots in each half: the fullest slide first, to the emptier half."""
+    owners = [fields[index].slide.path for index, _ in spots]
+    parts: tuple[list[int], list[int]] = ([], [])
+    for slide, _ in Counter(owners).most_common():
+        min(parts, key=len).extend(number for number, owner in enumerate(owners) if owner == slide)
+    return sorted(parts[0]), sorted(parts[1])
 
 
 def elsewhere(fields: Sequence[Field], spots: Sequence[Spot], *, seed: int) -> list[int]:

@@ -12,8 +12,10 @@ from .embed import slide_fingerprint
 from .grid import Grid
 from .inputs import find_inputs
 from .progress import Tell, Told
-from .samples import Field, Spot, drawn, field_of, spots_of
+from .samples import Field, Spot, drawn, field_of, halves, slide_halves, spots_of
 from .slide import Slide, open_slide
+
+_SLIDES = 8  # real ones; of fewer, a half would be of one kind of tissue
 
 
 def painted_after(path: Path) -> dict[str, Any] | None:
@@ -81,6 +83,12 @@ class Sides:
             followers.setdefault(pair.real, []).append(pair)
         every = [Spot(pair.synthetic, pair.here(grid)) for k, grid in real for pair in followers.get(k, ())]
         return real, [every[k] for k in drawn(len(every), most, seed)]
+
+    def halves(self, spots: list[Spot]) -> tuple[list[int], list[int]]:
+        """Real squares in two halves, by number: neighbouring ones (`samples.halves`), as a painting is a neighbour of
+        what it follows; where not all are paired and there are slides enough, ones of other slides."""
+        by_slide = not self.paired and len({one.slide.path for one in self.real}) >= _SLIDES
+        return (slide_halves if by_slide else halves)(self.real, spots)
 
 
 def open_all(
