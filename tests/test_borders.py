@@ -12,6 +12,7 @@ from conftest import TileStatistics, write_pyramid
 from numpy.typing import NDArray
 
 from wsi_brush.borders import crops, gradients
+from wsi_brush.likeness import Rows, measured
 from wsi_brush.samples import Codec
 from wsi_brush.sides import Sides, open_sides
 
@@ -64,6 +65,11 @@ class TestGradients:
         assert tiled[256]["ratio"]["low"] > 1.05 * tiled[256]["ratio"]["floor_high"]
         assert tiled[256]["ratio"]["floor_low"] < 1 < tiled[256]["ratio"]["floor_high"]
         assert tiled[2]["ratio"]["value"] == pytest.approx(plain[2]["ratio"]["value"], abs=0.05)
+
+    def test_an_interval_stays_within_a_share(self) -> None:
+        rows = Rows(np.arange(10), np.arange(10))  # drawn again, fewer of them are distinct
+        rank = measured(["rank"], lambda one, _: len(set(one)) / 10, {"value": (rows, rows)}, seed=0)["rank"]
+        assert rank["low"] < rank["value"] == rank["high"] == 1
 
     def test_what_has_no_gradient_is_none_and_no_infinity(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
         cells = pixels[:512, :512].repeat(2, 0).repeat(2, 1)

@@ -26,7 +26,7 @@ from .texture import densities, find_nuclei, nuclear_threshold, octaves, stain_d
 _WINDOW, _WINDOWS, _OCTAVES = 512, 48, 6  # pixels, and how many, for spectrum, stain and nuclei
 _SHARP = 1.0  # µm: the coarsest pitch at which nuclei are looked for
 _PIXELS = 1000  # of a window, for stain
-_LIMITS = {"kernel": (-math.inf, math.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0), "coverage": (0.0, 1.0)}
+_LIMITS = {"kernel": (-math.inf, math.inf)} | dict.fromkeys(("precision", "recall", "coverage", "rank"), (0.0, 1.0))
 _FEW = 8  # blocks; of fewer, no interval is drawn
 _WIDE = 1024  # numbers of a vector; of more, the Fréchet distance alone takes seconds, and a bootstrap hours
 _LEAST, _NEIGHBOURS = 8, 20  # tiles a half, without which nothing is said, and nothing of neighbourhoods
