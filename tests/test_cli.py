@@ -321,6 +321,14 @@ class TestEvaluate:
         for value in ("0", "1.5"):
             assert "--trained-until" in words("evaluate", *arguments, "--trained-until", value).one_line(1)
 
+    @pytest.mark.parametrize(
+        ("option", "needs"), [(["--download"], "--published"), (["--trained-until", 0.5], "--training")]
+    )
+    def test_what_would_do_nothing_is_refused(self, words: Words, option: list[object], needs: str) -> None:
+        line = words("evaluate", "--real", "a", "--synthetic", "b", "-o", "c", *option).one_line(1)
+        assert line.startswith(f"wsi-brush: {option[0]}: nothing is ")
+        assert line.endswith(f" without {needs}")
+
     def test_several_encoders_have_their_figures_each(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
         about = json.loads((WEIGHTS / "encoder.json").read_text("utf-8"))
         shutil.copy(WEIGHTS / "encoder.safetensors", tmp_path / "mine.safetensors")
