@@ -111,9 +111,11 @@ def test_captions_say_what_is_shown(report: Path, slides: tuple[Path, Path], tmp
         json.loads((report / "report.json").read_text("utf-8")),
     )
     coarse = write_pyramid(tmp_path / "coarse.tif", [pixels], mpp=2.0)
+    figures["seams"][0] = {"slide": "none", "period": 2, "squares": 0, "missing": "no tissue on its lines"}
     for number, (pair, expected) in enumerate((((coarse, coarse), (1280, 512)), ((coarse, slides[1]), (512, 512)))):
         write_report(tmp_path / f"{number}", open_sides(pair[:1], pair[1:]), figures | {"control": None})
         page = (tmp_path / f"{number}" / "report.html").read_text("utf-8")
+        assert '<td colspan="4"><small>no tissue on its lines</small>' in page
         assert [(size, mpp) for _, size, mpp in captions(page)[2:]] == [
             ((size, size), 2) for size in expected for _ in pair
         ]
@@ -128,6 +130,15 @@ def test_the_same_seed_the_same_figures(slides: tuple[Path, Path]) -> None:
     first = figures(1)
     assert first == figures(1)
     assert first["scales"]["statistics"]["0.5"] != figures(2)["scales"]["statistics"]["0.5"]
+
+
+def test_the_codec_draws_no_lattice(slides: tuple[Path, Path]) -> None:
+    """Its own blocks of 8 pixels would be taken for that of the painting."""
+    plain, coded = (
+        evaluate_slides(open_sides(slides[:1], slides[1:]), encoders=[TileStatistics()], most=16, codec=codec)["seams"]
+        for codec in ("none", "jpeg:50")
+    )
+    assert plain == coded
 
 
 def test_progress_comes_to_its_end(slides: tuple[Path, Path]) -> None:
