@@ -102,7 +102,16 @@ class TestGradients:
         assert (two["period"], eight["period"], eight["rank"]["value"]) == (2, 8, 1)
         over = eight["over_real"]
         assert 1 < over["low"] < over["value"] < over["high"]
-        assert over["value"] == pytest.approx(eight["ratio"]["value"] / eight["ratio"]["floor"], rel=1e-5)
+        assert over["value"] == pytest.approx(eight["ratio"]["value"] / max(eight["ratio"]["floor"], 1), rel=1e-5)
+
+    def test_a_real_slides_own_blocks_beside_the_lines_make_no_lattice(
+        self, pixels: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        some = pixels[:1024, :1024]
+        blocks = np.roll(drawn(some, 8), (3, 5), (0, 1))
+        for one in gradients(sides_of(tmp_path, blocks, some), seed=0)[:2]:
+            assert one["ratio"]["floor"] < 0.99
+            assert one["over_real"]["value"] == one["ratio"]["value"] == pytest.approx(1, abs=0.01)
 
     def test_of_what_is_blank_nothing_is_said(
         self, pixels: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

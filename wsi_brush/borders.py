@@ -1,7 +1,8 @@
 """Whether the lattices on which a painting is made are seen in it: at its borders, and in tiles that stand on them.
 
 Cells of 2 and 8 pixels are the lattices of the operator; chunks, tiles and shards have borders every 256, 1024 and 2048
-pixels. The real slide at the same lines is the floor: there no border is.
+pixels. The real slide at the same lines is the floor: there no border is, but
+those of the blocks of 8 pixels of a slide that was stored as JPEG.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _LEAST = 8  # crops on a lattice, and beside it
 
 def gradients(sides: Sides, *, seed: int) -> list[dict[str, Any]]:
     """Mean difference of neighbours across the lines of each lattice over that across other lines, and its rank, of
-    each synthetic slide beside the real one that it follows, and the ratio of both ratios (`over_real`).
+    each synthetic slide beside the real one that it follows; `over_real`: the ratio over the real one's, or over 1
+    where that is less, as it is where blocks of JPEG lie beside the lines.
 
     Pixels are as they are: a codec has blocks of its own, 8 pixels wide, on just these lines. `squares`: how many hold
     tissue; of those, as many as `n` says were drawn and lie on the lines.
@@ -54,7 +56,7 @@ def _seams(ours: Rows, theirs: Rows | None, seed: int) -> dict[str, Any]:
     floor, both = (None, None) if theirs is None else ((theirs, theirs), (ours, theirs))
 
     def over(one: Vectors, two: Vectors) -> Any:
-        return np.float64(seam_of(one.sum(0)).ratio) / seam_of(two.sum(0)).ratio
+        return seam_of(one.sum(0)).ratio / np.maximum(seam_of(two.sum(0)).ratio, 1)
 
     samples = {"value": (ours, ours), "floor": floor}
     said = measured(["ratio", "rank"], lambda one, _: seam_of(one.sum(0)), samples, seed=seed)
