@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from conftest import TileStatistics, write_pyramid
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
 from wsi_brush.borders import crops, gradients
+from wsi_brush.likeness import Rows, measured
 from wsi_brush.samples import Codec
 from wsi_brush.sides import Sides, open_sides
 
@@ -51,12 +53,13 @@ class TestGradients:
     def test_tiles_are_seen(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
         (tmp_path / "tiled").mkdir()
         plain, tiled = (
-            {one["period"]: one for one in gradients(sides_of(folder, pixels, other), PLAIN, seed=4)}
+            {one["period"]: one for one in gradients(sides_of(folder, pixels, other), seed=4)}
             for folder, other in ((tmp_path, pixels), (tmp_path / "tiled", drawn(pixels, 256)))
         )
         assert set(plain) == set(tiled) == {2, 8, 256, 1024}
         for one in (*plain.values(), *tiled.values()):
-            assert (one["ratio"]["seed"], one["ratio"]["n"]) == (4, [64, 64])
+            on = {256: 63, 1024: 15}.get(one["period"], 64)  # squares that begin with a line
+            assert (one["ratio"]["seed"], one["ratio"]["n"], one["squares"]) == (4, [on, on], 64)
             for figure in (one["ratio"], one["rank"]):
                 assert figure["low"] <= figure["value"] <= figure["high"]
         assert all(one["ratio"]["value"] == one["ratio"]["floor"] for one in plain.values())
@@ -65,9 +68,73 @@ class TestGradients:
         assert tiled[256]["ratio"]["floor_low"] < 1 < tiled[256]["ratio"]["floor_high"]
         assert tiled[2]["ratio"]["value"] == pytest.approx(plain[2]["ratio"]["value"], abs=0.05)
 
+    def test_all_of_a_painting_is_searched_where_there_is_tissue(
+        self, pixels: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A white picture of 4700 x 4700 pixels with 1200 x 1200 of tissue in its last corner, in blocks or not."""
+        (tmp_path / "tiled").mkdir()
+        found = []
+        for folder, tissue in ((tmp_path, pixels), (tmp_path / "tiled", drawn(pixels, 256))):
+            picture = np.full((4700, 4700, 3), 245, np.uint8)
+            picture[3500:, 3500:] = tissue[172:1372, 172:1372]
+            found.append({one["period"]: one for one in gradients(sides_of(folder, picture, picture), seed=0)})
+        plain, tiled = found
+        assert set(plain) == {2, 8, 256, 1024, 2048}
+        assert [(one["squares"], *one["ratio"]["n"]) for one in plain.values()] == [
+            (36, 36, 36), (36, 36, 36), (36, 36, 36), (36, 11, 11), (36, 11, 11)
+        ]  # fmt: skip
+        assert tiled[256]["ratio"]["low"] > 1.05 > plain[256]["ratio"]["value"]
+        assert plain[2048]["ratio"]["value"] == pytest.approx(1, abs=0.1)
+        assert tiled[256]["rank"]["value"] == 1 > plain[256]["rank"]["value"]
+        monkeypatch.setattr("wsi_brush.borders._PARTS", 16)
+        sides = sides_of(tmp_path, pixels, pixels)
+        some = [gradients(sides, seed=seed)[1] for seed in (0, 0, 1)]
+        assert some[0] == some[1] != some[2]
+        assert [(one["squares"], *one["ratio"]["n"]) for one in some] == [(64, 16, 16)] * 3
+
+    def test_a_seam_of_one_grey_level_is_seen_beside_a_slide_without_it(
+        self, pixels: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        smooth = gaussian_filter(pixels[:1024, :1024], (2, 2, 0))
+        lattice = np.add.outer(*[np.arange(1024) // 8] * 2) % 2
+        other = (smooth - lattice[..., None]).astype(np.uint8)
+        two, eight, *_ = gradients(sides_of(tmp_path, smooth, other), seed=0)
+        assert (two["period"], eight["period"], eight["rank"]["value"]) == (2, 8, 1)
+        over = eight["over_real"]
+        assert 1 < over["low"] < over["value"] < over["high"]
+        assert over["value"] == pytest.approx(eight["ratio"]["value"] / max(eight["ratio"]["floor"], 1), rel=1e-5)
+
+    def test_a_real_slides_own_blocks_beside_the_lines_make_no_lattice(
+        self, pixels: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        some = pixels[:1024, :1024]
+        blocks = np.roll(drawn(some, 8), (3, 5), (0, 1))
+        for one in gradients(sides_of(tmp_path, blocks, some), seed=0)[:2]:
+            assert one["ratio"]["floor"] < 0.99
+            assert one["over_real"]["value"] == one["ratio"]["value"] == pytest.approx(1, abs=0.01)
+
+    def test_of_what_is_blank_nothing_is_said(
+        self, pixels: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flat = np.full((1024, 1024, 3), (200, 110, 165), np.uint8)
+        sides = sides_of(tmp_path, pixels[:1024, :1024], flat)
+        for one in gradients(sides, seed=0):
+            for name in ("ratio", "rank", "over_real"):
+                assert (one[name]["value"], one[name]["low"]) == (None, None)
+            assert one["rank"]["floor"] is not None
+        monkeypatch.setattr("wsi_brush.borders.COVER", 1.1)
+        assert gradients(sides, seed=0)[0] == {
+            "slide": "other.tif", "period": 2, "squares": 0, "missing": "no tissue on its lines"
+        }  # fmt: skip
+
+    def test_an_interval_stays_within_a_share(self) -> None:
+        rows = Rows(np.arange(10), np.arange(10))  # drawn again, fewer of them are distinct
+        rank = measured(["rank"], lambda one, _: len(set(one)) / 10, {"value": (rows, rows)}, seed=0)["rank"]
+        assert rank["low"] < rank["value"] == rank["high"] == 1
+
     def test_what_has_no_gradient_is_none_and_no_infinity(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
         cells = pixels[:512, :512].repeat(2, 0).repeat(2, 1)
-        found = gradients(sides_of(tmp_path, cells, pixels[:1024, :1024]), PLAIN, seed=0)
+        found = gradients(sides_of(tmp_path, cells, pixels[:1024, :1024]), seed=0)
         assert found[0]["ratio"]["floor"] is None  # all of it on the lines of 2 pixels
         assert found[0]["rank"]["floor"] == 1
         json.dumps(found, allow_nan=False)
@@ -75,7 +142,7 @@ class TestGradients:
     def test_without_a_pair_another_real_slide_is_the_floor(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
         sides = sides_of(tmp_path, pixels[:1024, :1024], pixels[:1024, :1280])
         assert sides.pairs == []
-        found = gradients(sides, PLAIN, seed=0)
+        found = gradients(sides, seed=0)
         assert [one["period"] for one in found] == [2, 8, 256]
         assert all(one["ratio"]["floor"] == pytest.approx(1, abs=0.05) for one in found)
 

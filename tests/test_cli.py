@@ -321,6 +321,14 @@ class TestEvaluate:
         for value in ("0", "1.5"):
             assert "--trained-until" in words("evaluate", *arguments, "--trained-until", value).one_line(1)
 
+    @pytest.mark.parametrize(
+        ("option", "needs"), [(["--download"], "--published"), (["--trained-until", 0.5], "--training")]
+    )
+    def test_what_would_do_nothing_is_refused(self, words: Words, option: list[object], needs: str) -> None:
+        line = words("evaluate", "--real", "a", "--synthetic", "b", "-o", "c", *option).one_line(1)
+        assert line.startswith(f"wsi-brush: {option[0]}: nothing is ")
+        assert line.endswith(f" without {needs}")
+
     def test_several_encoders_have_their_figures_each(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
         about = json.loads((WEIGHTS / "encoder.json").read_text("utf-8"))
         shutil.copy(WEIGHTS / "encoder.safetensors", tmp_path / "mine.safetensors")
@@ -531,11 +539,12 @@ class TestOutputs:
 class TestInterrupted:
     """Ctrl-C: code 130, one line beside the progress, no stage, and what stood there still stands."""
 
-    def check(self, ran: Ran, folder: Path, before: dict[str, str]) -> None:
+    def check(self, ran: Ran, folder: Path, before: dict[str, str], *, goes_on: bool = True) -> None:
         assert ran.code == 130, ran
         assert ran.out == ""
         lines = [line for line in ran.err.splitlines() if not line.endswith(" %")]
-        assert lines == ["wsi-brush: interrupted; run the same command again, it goes on from what is done"]
+        then = "run the same command again, it goes on from what is done" if goes_on else "the same command begins anew"
+        assert lines == [f"wsi-brush: interrupted; {then}"]
         kept = {name: value for name, value in hashes(folder).items() if not name.startswith((WORK, *LEDGER))}
         assert kept == before
         assert not [path for path in folder.iterdir() if path.name.startswith(commit.STAGE)]
@@ -559,6 +568,11 @@ class TestInterrupted:
         assert hashes(tmp_path / "again") == hashes(tmp_path / "once")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "once"]
 
+    def test_while_comparing(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
+        """Nothing is kept there, and so it says."""
+        arguments = ["evaluate", "--real", tissue_slide, "--synthetic", tissue_slide, "-o", tmp_path / "report"]
+        self.check(words(*arguments, interrupt_after="embedding at"), tmp_path, {}, goes_on=False)
+
     def test_while_embedding(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
         arguments = ["embed", tissue_slide, "-o", tmp_path, "--force-mpp", 4]
         self.check(words(*arguments, interrupt_after="tissue.tif: "), tmp_path, {})
@@ -581,7 +595,7 @@ from wsi_brush.machine import undisturbed
 from wsi_brush.pyramid import SHARD, Pyramid
 grid = Grid(0.5, 0, 0, 4096, 2048)
 pixels = np.random.default_rng(0).integers(0, 256, (SHARD, SHARD, 3), dtype=np.uint8)
-with manners.errors(False), commit.staged(Path(sys.argv[1]), kind="pyramid", about={}) as stage:
+with manners.errors(False, goes_on=True), commit.staged(Path(sys.argv[1]), kind="pyramid", about={}) as stage:
     pyramid = Pyramid(stage, grid, about={})
     print("writing", flush=True)
     for _ in range(20):

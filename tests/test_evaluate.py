@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import TileStatistics, write_pyramid
 from numpy.typing import NDArray
+from PIL import Image
 
 from wsi_brush import commit
 from wsi_brush.control import Descriptor
@@ -83,6 +86,42 @@ def test_the_page_needs_nothing_else_and_runs_nothing(report: Path) -> None:
     assert commit.verify(report) == []
 
 
+def captions(page: str) -> list[tuple[str, tuple[float, float], float]]:
+    """What stands under the pictures of slides: the words, height and width (µm) and pitch; they are those shown."""
+    found = []
+    for data, words in re.findall(r'base64,([^"]+)"><figcaption>([^<]+ µm[^<]*)</figcaption>', page):
+        shown = re.fullmatch(r"(.*?)(\d+) × (\d+) µm at ([\d.]+) µm per pixel", words)
+        assert shown is not None, words
+        size, mpp = (float(shown[2]), float(shown[3])), float(shown[4])
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert size == pytest.approx([length * mpp for length in image.size[::-1]], rel=5e-3)
+        found.append((shown[1].rstrip(", "), size, mpp))
+    return found
+
+
+def test_captions_say_what_is_shown(report: Path, slides: tuple[Path, Path], tmp_path: Path) -> None:
+    """Slides of 512 µm, as sharp as 0.5 µm; coarse ones; and sides of two pitches, which are shown at one."""
+    page = (report / "report.html").read_text("utf-8")
+    assert captions(page) == [
+        (f"{side}{what}", (size, size), mpp)
+        for what, size, mpp in ((", the whole", 512, 0.801), ("", 512, 1), ("", 128, 0.5))
+        for side in ("real", "SYNTHETIC")
+    ]
+    pixels, figures = (
+        open_slide(slides[0]).read(open_slide(slides[0]).grid),
+        json.loads((report / "report.json").read_text("utf-8")),
+    )
+    coarse = write_pyramid(tmp_path / "coarse.tif", [pixels], mpp=2.0)
+    figures["seams"][0] = {"slide": "none", "period": 2, "squares": 0, "missing": "no tissue on its lines"}
+    for number, (pair, expected) in enumerate((((coarse, coarse), (1280, 512)), ((coarse, slides[1]), (512, 512)))):
+        write_report(tmp_path / f"{number}", open_sides(pair[:1], pair[1:]), figures | {"control": None})
+        page = (tmp_path / f"{number}" / "report.html").read_text("utf-8")
+        assert '<td colspan="4"><small>no tissue on its lines</small>' in page
+        assert [(size, mpp) for _, size, mpp in captions(page)[2:]] == [
+            ((size, size), 2) for size in expected for _ in pair
+        ]
+
+
 def test_the_same_seed_the_same_figures(slides: tuple[Path, Path]) -> None:
     def figures(seed: int) -> dict[str, Any]:
         found = evaluate_slides(open_sides(slides[:1], slides[1:]), encoders=[TileStatistics()], most=64, seed=seed)
@@ -92,6 +131,15 @@ def test_the_same_seed_the_same_figures(slides: tuple[Path, Path]) -> None:
     first = figures(1)
     assert first == figures(1)
     assert first["scales"]["statistics"]["0.5"] != figures(2)["scales"]["statistics"]["0.5"]
+
+
+def test_the_codec_draws_no_lattice(slides: tuple[Path, Path]) -> None:
+    """Its own blocks of 8 pixels would be taken for that of the painting."""
+    plain, coded = (
+        evaluate_slides(open_sides(slides[:1], slides[1:]), encoders=[TileStatistics()], most=16, codec=codec)["seams"]
+        for codec in ("none", "jpeg:50")
+    )
+    assert plain == coded
 
 
 def test_progress_comes_to_its_end(slides: tuple[Path, Path]) -> None:

@@ -1,7 +1,8 @@
 """Whether the lattices on which a painting is made are seen in it: at its borders, and in tiles that stand on them.
 
 Cells of 2 and 8 pixels are the lattices of the operator; chunks, tiles and shards have borders every 256, 1024 and 2048
-pixels. The real slide at the same lines is the floor: there no border is.
+pixels. The real slide at the same lines is the floor: there no border is, but
+those of the blocks of 8 pixels of a slide that was stored as JPEG.
 """
 
 from __future__ import annotations
@@ -13,40 +14,75 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .distances import Vectors
-from .embed import TileEncoder
+from .embed import COVER, TileEncoder
 from .grid import Grid
 from .likeness import Rows, compared, measured
 from .progress import Tell, Told
-from .samples import Codec, Spot, blocks, by_tile, embed_spots, spots_of
+from .samples import Codec, Field, Spot, blocks, by_tile, embed_spots, shows, spots_of
 from .sides import Pair, Sides
 from .texture import seam_of, steps
+from .tissue import PITCH, Tissue
 
 LATTICES = ((2, 1), (8, 1), (256, 32), (1024, 32), (2048, 32))
 """Periods in pixels, and the lattice to which the lines belong that they are compared with."""
-_LARGEST = 4096  # pixels a side that are searched at most
+_PART, _PARTS = 256, 256  # pixels a side of the squares whose neighbours are compared, and how many at most
 _LEAST = 8  # crops on a lattice, and beside it
 
 
-def gradients(sides: Sides, codec: Codec, *, seed: int) -> list[dict[str, Any]]:
+def gradients(sides: Sides, *, seed: int) -> list[dict[str, Any]]:
     """Mean difference of neighbours across the lines of each lattice over that across other lines, and its rank, of
-    each synthetic slide beside the real one that it follows."""
+    each synthetic slide beside the real one that it follows; `over_real`: the ratio over the real one's, or over 1
+    where that is less, as it is where blocks of JPEG lie beside the lines.
+
+    Pixels are as they are: a codec has blocks of its own, 8 pixels wide, on just these lines. `squares`: how many hold
+    tissue; of those, as many as `n` says were drawn and lie on the lines.
+    """
     found = []
     for pair in _followed(sides):
         one, other = sides.synthetic[pair.synthetic], sides.real[pair.real]
-        area = one.area.clip(Grid(one.slide.mpp, one.area.top, one.area.left, _LARGEST, _LARGEST))
-        there = pair.there(area).clip(other.area.at(area.mpp))
-        pixels = codec(one.slide.read(area)), codec(other.slide.read(there))
-        for period, among in LATTICES:
-            if min(area.shape) < 2 * period:
-                continue
-            ours, *theirs = (
-                Rows(squares, np.arange(len(squares)))
-                for squares in (steps(p, period, among=among) for p in pixels if min(p.shape[:2]) >= 2 * period)
-            )
-            samples = {"value": (ours, ours), "floor": (theirs[0], theirs[0]) if theirs else None}
-            said = measured(["ratio", "rank"], lambda one, _: seam_of(one.sum(0)), samples, seed=seed)
-            found.append({"slide": one.name, "period": period, **said})
+        mpp = one.slide.mpp
+        ours, count = _searched(one, mpp, seed)
+        theirs = _searched(other, mpp, seed)[0] if shows(other, mpp) else {}
+        for period, _ in LATTICES:
+            if min(one.area.shape) >= 2 * period:
+                here = ours.get(period)
+                said = {"missing": "no tissue on its lines"} if here is None else _seams(here, theirs.get(period), seed)
+                found.append({"slide": one.name, "period": period, "squares": count, **said})
     return found
+
+
+def _seams(ours: Rows, theirs: Rows | None, seed: int) -> dict[str, Any]:
+    """The figures of one lattice, of `steps` of both sides; of the real one there may be none."""
+    floor, both = (None, None) if theirs is None else ((theirs, theirs), (ours, theirs))
+
+    def over(one: Vectors, two: Vectors) -> Any:
+        return seam_of(one.sum(0)).ratio / np.maximum(seam_of(two.sum(0)).ratio, 1)
+
+    samples = {"value": (ours, ours), "floor": floor}
+    said = measured(["ratio", "rank"], lambda one, _: seam_of(one.sum(0)), samples, seed=seed)
+    return said | measured(["over_real"], over, {"value": both}, seed=seed)
+
+
+def _searched(field: Field, mpp: float, seed: int) -> tuple[dict[int, Rows], int]:
+    """`steps` of each lattice that begins at a field's corner, by its period, one row for each square on its lines, of
+    those with tissue that were drawn from all over the field; and how many have tissue. Nothing of a lattice for which
+    the field is too small, or on whose lines no square lies."""
+    top, left = (round(edge / mpp) for edge in field.area.extent[:2])
+    area = Grid(mpp, top, left, *(int(length * field.slide.mpp / mpp + 1e-6) for length in field.area.shape))
+    cells = Grid(mpp * _PART, 0, 0, *(-(-length // _PART) for length in area.shape))
+    cover = Tissue(field.tissue, Grid(PITCH, 0, 0, *field.tissue.shape)).cover(cells)
+    places = np.argwhere(cover >= COVER)
+    some = np.sort(np.random.default_rng(seed).permutation(len(places))[:_PARTS])
+    lattices = [lattice for lattice in LATTICES if min(area.shape) >= 2 * lattice[0]]
+    found: dict[int, list[Vectors]] = {period: [] for period, _ in lattices}
+    for row, column in (places[some] * _PART).tolist():
+        # with the row above and the column to the left, so that the border of the square is among its lines
+        square = Grid(mpp, top + row - 1, left + column - 1, _PART + 1, _PART + 1).clip(area)
+        pixels, corner = field.slide.read(square), (square.top - top, square.left - left)
+        for period, among in lattices:
+            one = steps(pixels, period, among=among, corner=corner)
+            found[period].extend([one] if one.any() else [])
+    return {period: Rows(np.stack(rows), np.arange(len(rows))) for period, rows in found.items() if rows}, len(places)
 
 
 def crops(

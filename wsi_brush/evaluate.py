@@ -76,7 +76,7 @@ def evaluate_slides(
             shrunk = through_thumbnails(sides, seen, encoder, one_codec, tell=tell)
             figures["scales"][encoder.name][f"{mpp:g}"] = distribution(sides, seen, seed=seed, thumbnail=shrunk)
     figures["texture"] = texture(sides, one_codec, mpp=finest, seed=seed, tell=tell)
-    figures["seams"] = gradients(sides, one_codec, seed=seed)
+    figures["seams"] = gradients(sides, seed=seed)
     figures["borders"] = crops(sides, encoders, one_codec, most=most, seed=seed, tell=tell)
     figures["control"] = (
         control(sides, [*encoders, Descriptor()], one_codec, scales, most=min(most, 256), seed=seed, tell=tell)

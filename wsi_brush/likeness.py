@@ -32,7 +32,7 @@ THUMBNAIL = 256
 """Pixels of the longer side of a thumbnail."""
 _SHARP = 1.0  # µm: the coarsest pitch at which nuclei are looked for
 _PIXELS = 1000  # of a window, for stain
-_LIMITS = {"kernel": (-math.inf, math.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0), "coverage": (0.0, 1.0)}
+_LIMITS = {"kernel": (-math.inf, math.inf)} | dict.fromkeys(("precision", "recall", "coverage", "rank"), (0.0, 1.0))
 _FEW = 8  # blocks; of fewer, no interval is drawn
 _WIDE = 1024  # numbers of a vector; of more, the Fréchet distance alone takes seconds, and a bootstrap hours
 _REACH = 2  # pixels of a thumbnail that bicubic interpolation reaches beyond an edge

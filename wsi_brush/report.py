@@ -19,8 +19,8 @@ from .samples import Field
 from .sides import Pair, Sides
 
 KIND = "report"
-_ZOOMS = (("the whole", 0), ("1 mm at 1 µm", 1024), ("128 µm at 0.5 µm", 256))
 _SHOWN, _SIDE = 4, 640  # pairs, and pixels of a picture at most
+_ZOOMS = ((1.0, _SIDE), (0.5, 256))  # µm per pixel or more, and pixels at most, of what is shown beside the whole
 
 
 def write_report(target: Path, sides: Sides, figures: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -51,18 +51,19 @@ def write_report(target: Path, sides: Sides, figures: dict[str, Any], *, overwri
 def _pictures(sides: Sides, pair: Pair) -> dict[str, Any]:
     real, synthetic = sides.real[pair.real], sides.synthetic[pair.synthetic]
     title = f"{real.name} and {synthetic.name}" + ("" if sides.pairs else " (no pair: each at its own middle)")
-    zooms = []
-    for words, pixels in _ZOOMS:
-        views = []
-        for one in (real, synthetic):
-            if pixels:
-                mpp = max(1.0 if pixels == 1024 else 0.5, one.slide.mpp)
-                area = _middle(one, mpp, min(pixels, *(int(s * one.slide.mpp / mpp) for s in one.area.shape)))
-            else:
-                area = one.area.at(one.slide.mpp * max(1.0, max(one.area.shape) / _SIDE))
-            views.append(_coded(one.slide.read(area)))
-        zooms.append((*views, words))
+    wholes = [one.area.at(one.slide.mpp * max(1.0, max(one.area.shape) / (_SIDE - 1))) for one in (real, synthetic)]
+    zooms = [[_view(one, area, "the whole, ") for one, area in zip((real, synthetic), wholes, strict=True)]]
+    for mpp, side in _ZOOMS:
+        mpp = max(mpp, real.slide.mpp, synthetic.slide.mpp)
+        held = [int(length * one.slide.mpp / mpp + 1e-6) for one in (real, synthetic) for length in one.area.shape]
+        zooms.append([_view(one, _middle(one, mpp, min(side, *held))) for one in (real, synthetic)])
     return {"title": title, "zooms": zooms}
+
+
+def _view(one: Field, area: Grid, what: str = "") -> tuple[str, str]:
+    """A picture of an area, pixel for pixel, and its size and pitch in words."""
+    height, width = (length * area.mpp for length in area.shape)
+    return _coded(one.slide.read(area)), f"{what}{height:.0f} × {width:.0f} µm at {area.mpp:.3g} µm per pixel"
 
 
 def _middle(one: Field, mpp: float, side: int) -> Grid:
@@ -106,10 +107,8 @@ def _copies(sides: Sides, copying: dict[str, Any] | None) -> list[tuple[str, str
 def _coded(pixels: NDArray[np.uint8]) -> str:
     from PIL import Image
 
-    image = Image.fromarray(pixels)
-    image.thumbnail((_SIDE, _SIDE))
     found = io.BytesIO()
-    image.save(found, "JPEG", quality=90)
+    Image.fromarray(pixels).save(found, "JPEG", quality=90)
     return base64.b64encode(found.getvalue()).decode("ascii")
 
 

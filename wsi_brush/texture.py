@@ -180,61 +180,49 @@ def _bodies(pixels: NDArray[np.uint8], mpp: float, threshold: float) -> NDArray[
 
 
 class Seam(NamedTuple):
-    """Whether neighbours differ more across the borders of blocks than elsewhere.
+    """Whether neighbours differ more across the lines of a lattice than elsewhere.
 
-    ratio: mean absolute difference across borders over that across all other lines, about 1 without seams;
-    rank: share of the other offsets in a block at which neighbours differ as much or less, about 0.5 without, 1 with.
-    Of a blank picture both are 1.
+    ratio: mean absolute difference across the lines over that across all others, about 1 without seams;
+    rank: share of the other offsets at which neighbours differ as much or less, about 0.5 without, 1 with.
+    Neither is a number (NaN) of a blank picture, or of one without such a line, or without others.
     """
 
     ratio: float
     rank: float
 
 
-def seams(pixels: NDArray[np.uint8], period: int, *, among: int = 1) -> Seam:
-    """Seams between blocks of `period` pixels that start at the picture's corner, over rows and columns together.
+def steps(
+    pixels: NDArray[np.uint8], period: int, *, among: int = 1, corner: tuple[int, int] = (0, 0)
+) -> NDArray[np.float64]:
+    """What a seam is made of: the sum of the absolute differences across the lines at each offset from a lattice, rows
+    and columns together, and how many they are: (2, offsets).
 
-    Offset 0 is between pixels k * period - 1 and k * period, k >= 1. Only lines of the same picture are compared; with
-    `among`, only offsets that are multiples of it, so that a finer lattice is not taken for the seams of this one.
-
-    Raises:
-        ValueError: if the picture has no such border, or blocks have no other offset.
+    Offset 0 is between pixels k * period - 1 and k * period, counted from the lattice's corner; `corner`: where on it
+    the picture begins, whose first row and column are but the neighbours of the next. With `among`, only offsets that
+    are multiples of it, so that a finer lattice is not taken for the seams of this one. Where no line of the lattice
+    crosses the picture one way, no other counts that way: a line is compared with those beside it.
     """
-    return seam_of(steps(pixels, period, among=among).sum(0))
-
-
-def steps(pixels: NDArray[np.uint8], period: int, *, among: int = 1, part: int = 256) -> NDArray[np.float64]:
-    """What `seams` is made of, for each square of `part` pixels: (squares, 2, offsets), the sum of the absolute
-    differences across the lines at each offset, and how many they are.
-
-    Raises:
-        ValueError: as `seams`.
-    """
-    if period < 2 * among or max(pixels.shape[:2]) <= period:
-        raise ValueError(f"no border of blocks of {period} pixels lies in a picture of {pixels.shape[:2]}")
-    down, across = (-(-length // part) for length in pixels.shape[:2])
-    found = np.zeros((down, across, 2, period // among))
-    for image, squares in ((pixels, found), (pixels.swapaxes(0, 1), found.swapaxes(0, 1))):
-        if len(image) <= period:  # no border this way: these lines would stand among the others alone
+    found = np.zeros((2, period // among))
+    for image, first in zip((pixels, pixels.swapaxes(0, 1)), corner, strict=True):
+        lines = np.arange(1, len(image))
+        lines = lines[(first + lines) % among == 0]
+        if ((first + lines) % period).all():
             continue
-        for square, top in zip(squares, range(0, len(image), part), strict=True):
-            lines = np.arange(max(top, 1), min(top + part, len(image)))
-            lines = lines[lines % among == 0]
-            one, other, offsets = image[lines], image[lines - 1], lines % period // among
-            apart = np.maximum(one, other) - np.minimum(one, other)
-            for column, left in enumerate(range(0, image.shape[1], part)):
-                piece = apart[:, left : left + part]
-                np.add.at(square[column, 0], offsets, piece.sum((1, 2)))
-                np.add.at(square[column, 1], offsets, piece.shape[1] * piece.shape[2])
-    return found.reshape(-1, 2, period // among)
+        one, other = image[lines, 1:], image[lines - 1, 1:]
+        apart = np.maximum(one, other) - np.minimum(one, other)
+        offsets = (first + lines) % period // among
+        np.add.at(found[0], offsets, apart.sum((1, 2)))
+        np.add.at(found[1], offsets, apart[:1].size)
+    return found
 
 
 def seam_of(steps: NDArray[np.float64]) -> Seam:
-    """The seam of `steps`, summed over squares: (2, offsets)."""
-    border, *others = steps[0] / steps[1]
-    other = steps[0, 1:].sum() / steps[1, 1:].sum()
-    ratio = border / other if other else (math.inf if border else 1.0)
-    return Seam(float(ratio), float((np.array(others) <= border).mean()))
+    """The seam of `steps`, which may be summed over pictures: (2, offsets)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        border, *others = steps[0] / steps[1]
+        ratio = border / (steps[0, 1:].sum() / steps[1, 1:].sum())
+    less = np.array(others)[steps[1, 1:] > 0] <= border
+    return Seam(float(ratio), math.nan if np.isnan(ratio) else float(less.mean()))
 
 
 def descriptor(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -60,7 +60,7 @@ def embed(
     debug: Debug = False,
 ) -> None:
     """Slides to embeddings: one store a slide, at 0.5, 2 and 8 µm. Run again: only what is missing is done."""
-    with errors(debug):
+    with errors(debug, goes_on=True):
         from ..cohort import as_shard, cohort_of
         from ..encoder import load_encoder
         from ..reading import default_count

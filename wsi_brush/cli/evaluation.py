@@ -46,7 +46,10 @@ def evaluate(
     ] = 1.0,
     encoder: Annotated[list[str], typer.Option(help=f"{ENCODERS}; several.")] = ["bundled"],  # noqa: B006
     codec: Annotated[str, typer.Option(help="What both sides go through first: jpeg:Q or none.")] = "jpeg:90",
-    most: Annotated[int, typer.Option(help="Tiles of a side and scale that are looked at.", min=16)] = 1536,
+    most: Annotated[
+        int,
+        typer.Option(help="Tiles of a side and scale at most; control has 256, copies 400, texture 48.", min=16),
+    ] = 1536,
     seed: Annotated[int, typer.Option(help="Draws tiles and intervals.", min=0)] = 0,
     published: Annotated[
         bool, typer.Option("--published", help="Also CLIP FID and Crop FID; their weights come from your caches.")
@@ -74,6 +77,8 @@ def evaluate(
         Codec(codec)
         if download and not published:
             raise UsageError("--download: nothing is fetched without --published")
+        if trained_until != 1 and not training:
+            raise UsageError("--trained-until: nothing is searched for copies without --training")
         # what is none is said at once
         *slides, searched = (
             open_all(paths, assume_mpp=assume_mpp, force_mpp=force_mpp) for paths in (real, synthetic, training or [])

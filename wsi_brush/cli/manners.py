@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def errors(debug: bool) -> Iterator[None]:
-    """What a user can put right becomes one line and an exit code."""
+def errors(debug: bool, *, goes_on: bool = False) -> Iterator[None]:
+    """What a user can put right becomes one line and an exit code; `goes_on`: the verb keeps what is done."""
     try:
         yield
     except KeyboardInterrupt:
-        interrupted()
+        interrupted(
+            "run the same command again, it goes on from what is done" if goes_on else "the same command begins anew"
+        )
     except (WsiBrushError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _says_no_memory(error):
             raise
@@ -64,9 +66,9 @@ def say_terms(encoder: Encoder) -> None:
         say(line)
 
 
-def interrupted() -> NoReturn:
+def interrupted(then: str = "") -> NoReturn:
     """Leave at once: threads of zarr and torch may still be at work, and would complain on their way out."""
-    say("interrupted; run the same command again, it goes on from what is done")
+    say(f"interrupted{then and f'; {then}'}")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(130)

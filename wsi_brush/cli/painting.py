@@ -82,7 +82,7 @@ def synthesize(
     debug: Debug = False,
 ) -> None:
     """A reference to a new slide: an OME-Zarr pyramid that follows its embeddings and copies none of its pixels."""
-    with errors(debug):
+    with errors(debug, goes_on=True):
         given = {"--ref": ref, "--embeddings": embeddings or None, "--label": label, "--canvas": canvas}
         asked = [word for word, one in given.items() if one is not None]
         if len(asked) != 1:

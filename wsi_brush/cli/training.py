@@ -27,7 +27,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Slides to a brush. Run again: goes on from the newest checkpoint."""
-    with errors(debug):
+    with errors(debug, goes_on=True):
         from ..machine import check_precision, find_device
         from ..recipe import read_config
         from ..train import train_brush
