@@ -286,8 +286,11 @@ class TestEvaluate:
         assert words("verify", report).code == 0
         again = words("evaluate", *arguments)
         assert again.one_line(4)
-        shown = words("evaluate", *arguments, "--overwrite", "--quiet")
+        shown = words("evaluate", *arguments, "--overwrite", "--quiet", "--unpaired")
         assert (shown.code, shown.out) == (0, "")
+        figures = json.loads((report / "report.json").read_text("utf-8"))
+        assert figures["control"] is None
+        assert figures["notes"][0] == "2 real and 2 synthetic: not paired, so nothing is said about control"
 
     def test_what_the_brush_was_trained_on_is_searched_for_copies(
         self, words: Words, tissue_slide: Path, tmp_path: Path

@@ -64,7 +64,7 @@ def evaluate_slides(
     notes += _warnings(sides, encoders)
     finest = common_pitch(both, SCALES[0])
     figures: dict[str, Any] = {
-        "format": 2, "wsi_brush": __version__, "seed": seed, "codec": one_codec.word, "most": most,
+        "format": 3, "wsi_brush": __version__, "seed": seed, "codec": one_codec.word, "most": most,
         "encoders": [{"name": one.name, "fingerprint": one.fingerprint, "dim": one.dim, "tile": one.tile}
                      for one in encoders],
         "real": [_said(one) for one in sides.real], "synthetic": [_said(one) for one in sides.synthetic],

@@ -45,7 +45,9 @@ def evaluate(
         ),
     ] = 1.0,
     encoder: Annotated[list[str], typer.Option(help=f"{ENCODERS}; several.")] = ["bundled"],  # noqa: B006
-    codec: Annotated[str, typer.Option(help="What both sides go through first: jpeg:Q or none.")] = "jpeg:90",
+    codec: Annotated[
+        str, typer.Option(help="What both sides go through first, but for lattices: jpeg:Q or none.")
+    ] = "jpeg:90",
     most: Annotated[
         int,
         typer.Option(help="Tiles of a side and scale at most; control has 256, copies 400, texture 48.", min=16),
@@ -55,6 +57,7 @@ def evaluate(
         bool, typer.Option("--published", help="Also CLIP FID and Crop FID; their weights come from your caches.")
     ] = False,
     download: Annotated[bool, typer.Option("--download", help="Fetch the weights that --published lacks.")] = False,
+    unpaired: Annotated[bool, typer.Option("--unpaired", help="No slides are pairs because of their order.")] = False,
     assume_mpp: AssumeMpp = None,
     force_mpp: ForceMpp = None,
     overwrite: Overwrite = False,
@@ -93,7 +96,7 @@ def evaluate(
         check_target(out, kind=KIND, overwrite=overwrite)
         with Shown(quiet) as progress:
             networks = find_networks(download=download, tell=progress) if published else None
-            sides = open_sides(*slides, tell=progress)
+            sides = open_sides(*slides, by_order=not unpaired, tell=progress)
             figures = evaluate_slides(
                 sides, encoders=loaded, codec=codec, most=most, seed=seed, networks=networks, training=searched,
                 trained_until=trained_until, tell=progress,
