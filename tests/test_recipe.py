@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from wsi_brush import train
 from wsi_brush.recipe import read_config
 
 Words = Callable[..., tuple[int, str, str]]
@@ -108,3 +109,69 @@ def test_what_can_be_stays(tmp_path: Path) -> None:
         "[optimisation]\nminutes = inf\ncheckpoint_minutes = inf\nmargin = 1\naverage = 1\nunconditional = 0\n"
     )
     assert read_config(path).optimisation.margin == 1
+
+
+# -- what no recipe says of itself -------------------------------------------------------------------------
+
+SMALL = "sizes = [64, 64, 64, 64, 32]\nwindow = 32\npoints = 16\n"
+
+
+def recipe(folder: Path, *, slide: str = "tissue.tif", data: str = SMALL, rest: str = "") -> Path:
+    (folder / "run.toml").write_text(f"[data]\nslides = [{{ path = '{slide}' }}]\n{data}{rest}", encoding="utf-8")
+    return folder / "run.toml"
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry", "wet"])
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        ({"slide": "gone.svs"}, 3, "gone.svs: no such file"),
+        ({"slide": "*.svs"}, 1, "no file fits this pattern"),
+        ({"data": f"{SMALL}encoder = 'nonesuch'\n"}, 1, "'nonesuch' is no encoder"),
+        ({"data": f"{SMALL}encoder = 'uni'\n"}, 2, "its weights are not in the local cache"),
+        ({"rest": "[optimisation]\nstart = 'nobrush'\n"}, 1, "nobrush: no brush here"),
+        (
+            {"rest": "[model]\nwidth = 16\nheads = 2\n[optimisation]\nstart = 'bundled'\n"},
+            1,
+            "that brush has other sizes",
+        ),
+        ({"data": ""}, 1, "no slide has 256 x 256 pixels at 2 µm"),  # 1024 of 0.5 µm, of which 0.75 are trained on
+        ({"data": "sizes = [768, 384, 192, 96, 64]\nwindow = 64\n"}, 1, "no slide has 64 x 64 pixels at 8 µm"),
+        ({"data": "shares = [1, 0, 0, 0, 0]\nsizes = [800, 256, 256, 256, 256]\n"}, 1, "no slide has 800 x 800"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_is_embedded(
+    words: Words, tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str],
+    code: int, said: str, dry: list[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(train, "build_pack", lambda *_, **__: pytest.fail("it was embedded"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = [recipe(tmp_path, **given), "-o", tmp_path / "brush", "--slides", tissue_slide.parent, *dry]
+    found, out, err = words("train", *arguments)
+    assert (found, out) == (code, ""), err
+    (line,) = err.splitlines()
+    assert line.startswith("wsi-brush: ")
+    assert said in line
+
+
+def test_a_dry_run_of_what_can_run_writes_nothing(words: Words, tissue_slide: Path, tmp_path: Path) -> None:
+    config = recipe(tmp_path, data=f"{SMALL}shares = [1, 0, 0, 0, 0]\n")
+    code, out, err = words("train", config, "-o", tmp_path / "brush", "--slides", tissue_slide.parent, "--dry-run")
+    assert (code, err) == (0, "")
+    assert "files: 1" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_a_dry_run_looks_at_what_is_made(words: Words, tissue_slide: Path, tmp_path: Path) -> None:
+    """The pack takes the slides' place; what it has no room for, and another run's checkpoint, are said."""
+    rest = "[model]\nwidth = 16\nheads = 2\n[optimisation]\nsteps = 1\nbatch = 1\n"
+    config, ends = recipe(tmp_path, rest=rest), ["-o", tmp_path / "brush", "--work", tmp_path / "work"]
+    assert words("train", config, *ends, "--slides", tissue_slide.parent)[0] == 0
+    again = [*ends, "--overwrite", "--dry-run"]
+    assert words("train", config, *again)[0] == 0  # no slides here
+    recipe(tmp_path, data=SMALL.replace("[64,", "[800,"), rest=rest)
+    code, _, err = words("train", config, *again)
+    assert (code, "no slide has 800 x 800" in err) == (1, True)
+    recipe(tmp_path, rest=f"{rest}rate = 1\n")
+    code, _, err = words("train", config, *again)
+    assert (code, "made by another configuration" in err) == (4, True)
