@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -171,3 +173,47 @@ def test_a_figure_stands_beside_its_floor(pipeline: ModuleType) -> None:
     assert pipeline.number({"value": 12.345, "floor": 3.21}) == "12.3 (3.21)"
     assert pipeline.number({"value": 0.5}) == "0.5"
     assert pipeline.number({"value": None}) == pipeline.number(None) == "–"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--only", "foo"], "--only foo: not in {file}; it has ours, infty-diff"),
+        (["--sizes", "77"], "--sizes 77: not in {file}; it has 256, 128"),
+        (["--minutes", "0"], "--minutes: 0; expected a number above 0"),
+        (["--minutes", "nan"], "--minutes: nan; expected a number above 0"),
+        (["--each", "0"], "--each: 0; expected a whole number above 0"),
+        (["--each", "1.5"], "--each: 1.5; expected a whole number"),
+    ],
+)
+def test_words_that_do_not_make_sense_are_one_line(
+    asked: argparse.Namespace, tmp_path: Path, given: list[str], said: str
+) -> None:
+    line = refused(asked.tables, tmp_path, *given)
+    assert said.format(file=asked.tables) in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file or directory; expected a TOML file"),
+        ("[data", "not TOML"),
+        ("steps = 2", "lacks minutes, seed"),
+        (TABLES.replace("batch = 1", "batch = 0"), "the recipe of ours: optimisation.batch: 0; expected"),
+    ],
+)
+def test_a_file_that_is_none_is_one_line(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "tables.toml").write_text(text, encoding="utf-8")
+    assert said in refused(tmp_path / "tables.toml", tmp_path)
+
+
+def refused(tables: Path, work: Path, *given: str) -> str:
+    """The last line of a command that does not begin."""
+    folders = ["--slides", str(work), "--work", str(work / "w")]
+    command = [sys.executable, str(PIPELINE / "tables.py"), str(tables), *folders, *given]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode in (1, 2)
+    assert "Traceback" not in ran.stderr
+    assert not (work / "w").exists()
+    return ran.stderr.splitlines()[-1]

@@ -257,14 +257,33 @@ def read_config(path: Path) -> TrainConfig:
     Raises:
         UsageError: naming the key that is wrong, and the nearest that exists.
     """
+    return checked(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        UsageError: if there is none.
+    """
     try:
-        return TrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; expected a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not TOML ({error})") from None
+
+
+def checked(given: dict[str, Any], where: str) -> TrainConfig:
+    """What a recipe says as a configuration; `where` it stands begins the line of an error.
+
+    Raises:
+        UsageError: naming the key that is wrong, and the nearest that exists.
+    """
+    try:
+        return TrainConfig.model_validate(given)
     except ValidationError as error:
-        raise UsageError(f"{path}: {_line(error)}") from None
+        raise UsageError(f"{where}: {_line(error)}") from None
 
 
 def _line(error: ValidationError) -> str:

@@ -12,11 +12,11 @@ shorter; the table says so. A system's `sizes` in the tables' file say what it p
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from wsi_brush.brush import Brush, load_brush
 from wsi_brush.commit import fingerprint
 from wsi_brush.coordinates import TrainingPack, build_pack
 from wsi_brush.encoder import load_encoder
-from wsi_brush.errors import SlideError, WsiBrushError
+from wsi_brush.errors import SlideError, UsageError, WsiBrushError
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory, peak_memory
-from wsi_brush.recipe import TrainConfig
+from wsi_brush.recipe import TrainConfig, checked, read_toml
 from wsi_brush.report import write_report
 from wsi_brush.sides import open_sides
 from wsi_brush.slide import Slide, open_slide
@@ -44,6 +44,7 @@ from wsi_brush.train import Training, train_brush
 MPP = 0.5
 GUIDANCE = 2.0  # of all systems, as in RESULTS.md
 OURS = "ours"
+KEYS = ("minutes", "steps", "seed", "encoder", "held_out", "paintings", "data", "optimisation", "systems")
 COST_SIZES, COST_STEPS, COST_MEMORY = (256, 1024, 4096), 3, 8e9  # Table 4: pixels, steps that are timed, bytes
 
 
@@ -52,12 +53,13 @@ def recipe(tables: dict[str, Any], system: str) -> TrainConfig:
     own = tables["systems"][system]
     model = own.get("model", {}) | ({} if system == OURS else {"system": system})
     optimisation = tables["optimisation"] | own.get("optimisation", {})
-    return TrainConfig.model_validate(
+    return checked(
         {
             "data": tables["data"] | {"encoder": tables["encoder"]} | own.get("data", {}),
             "model": model,
             "optimisation": optimisation | {"minutes": tables["minutes"], "seed": tables["seed"]},
-        }
+        },
+        f"the recipe of {system}",
     )
 
 
@@ -234,13 +236,61 @@ def costs(found: dict[str, dict[int, dict[str, float]]], parameters: dict[str, i
     return lines
 
 
+def asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tables' file, with what the words of the command change in it.
+
+    Raises:
+        UsageError: if there is no such file, it lacks something, or it has no such system or size.
+    """
+    tables = read_toml(arguments.tables)
+    lacking = [name for name in KEYS if name not in tables]
+    if lacking:
+        raise UsageError(f"{arguments.tables}: lacks {', '.join(lacking)}; expected what tables.toml has")
+    sizes = [one["size"] for one in tables["paintings"]]
+    for option, given, known in (("--only", arguments.only, [*tables["systems"]]), ("--sizes", arguments.sizes, sizes)):
+        if unknown := [one for one in given or [] if one not in known]:
+            raise UsageError(f"{option} {unknown[0]}: not in {arguments.tables}; it has {', '.join(map(str, known))}")
+    if arguments.minutes is not None:
+        tables["minutes"] = arguments.minutes
+    tables["systems"] = {name: tables["systems"][name] for name in arguments.only or tables["systems"]}
+    own = {} if arguments.each is None else {"each": arguments.each}
+    tables["paintings"] = [one | own for one in tables["paintings"] if one["size"] in (arguments.sizes or sizes)]
+    for system in tables["systems"]:
+        recipe(tables, system)
+    return tables
+
+
+def above_zero(word: str) -> float:
+    """A number of the command.
+
+    Raises:
+        ArgumentTypeError: if it is not above 0, or not finite.
+    """
+    try:
+        found = float(word)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{word}; expected a number above 0")
+    return found
+
+
+def count(word: str) -> int:
+    """A whole number of the command.
+
+    Raises:
+        ArgumentTypeError: if it is none, or 0.
+    """
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word}; expected a whole number above 0")
+    return int(word)
+
+
 def main(arguments: argparse.Namespace) -> None:
     """Train, paint, judge, write."""
-    tables = tomllib.loads(arguments.tables.read_text(encoding="utf-8"))
-    tables["minutes"] = arguments.minutes or tables["minutes"]
-    work, slides = arguments.work, arguments.slides
+    tables = asked(arguments)
+    work, slides, systems = arguments.work, arguments.slides, list(tables["systems"])
     work.mkdir(parents=True, exist_ok=True)
-    systems: Sequence[str] = arguments.only or list(tables["systems"])
     loaded = {system: load_brush(trained(tables, system, slides, work, arguments.device)) for system in systems}
     trainings = {system: brush.about["training"] for system, brush in loaded.items()}
     lines = [f"{tables['steps']} steps of the solver; wsi-brush {__version__}, {date.today()}. Trained: "
@@ -250,9 +300,7 @@ def main(arguments: argparse.Namespace) -> None:
              ""]  # fmt: skip
     parameters = {system: sum(p.numel() for p in brush.network.parameters()) for system, brush in loaded.items()}
     for one in tables["paintings"]:
-        size, each = one["size"], arguments.each or one["each"]
-        if arguments.sizes and size not in arguments.sizes:
-            continue
+        size, each = one["size"], one["each"]
         found, taken = {}, {}
         for system, brush in loaded.items():
             if size not in tables["systems"][system].get("sizes", [size]):
@@ -282,10 +330,10 @@ if __name__ == "__main__":
         parser.add_argument("--slides", type=Path, required=True)
         parser.add_argument("--work", type=Path, required=True)
         parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N: of training and painting")
-        parser.add_argument("--minutes", type=float)
-        parser.add_argument("--each", type=int)
-        parser.add_argument("--sizes", type=int, nargs="+")
-        parser.add_argument("--only", nargs="+")
+        parser.add_argument("--minutes", type=above_zero, help="above 0: of training, each system")
+        parser.add_argument("--each", type=count, help="1 or more: paintings after each held-out slide")
+        parser.add_argument("--sizes", type=count, nargs="+", help="of the paintings, pixels: of those in TABLES")
+        parser.add_argument("--only", nargs="+", help="systems: of those in TABLES")
         parser.add_argument("--no-costs", action="store_true")
         try:
             main(parser.parse_args())
