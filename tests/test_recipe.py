@@ -59,6 +59,7 @@ WRONG = [
         for value in (0, -1)
     ),
     ("model", "system = 'infty-diff'\nmollifier = nan", "model: kernel 7, node 8, mollifier nan; expected"),
+    ("model", "system = 'fixed'\nsets = 2", "model: sets 2; expected 3"),
     # of [data]
     ("data", "shares = [1, 1, 1, 1, -1]", "data.shares.4: -1; expected"),
     ("data", "shares = [inf, 1, 1, 1, 1]", "data.shares.0: inf; expected a finite number"),

@@ -26,6 +26,7 @@ from pydantic import (
 from .baselines import OURS, system_class
 from .coordinates import LADDER, TRAIN_UNTIL, Symmetries
 from .diffusion import Ladder, Objective
+from .embed import PITCHES
 from .errors import UsageError
 from .labels import LABELS
 from .machine import Precision
@@ -180,6 +181,8 @@ class Rival(BaseModel):
                 hint = _hint(name, known) or f"; it has {', '.join(known)}"
                 raise ValueError(f"{name}: is no size of {system}{hint}")
         checked = asdict(TypeAdapter(kind).validate_python({"dim": 1, **sizes}))
+        if checked.get("sets", len(PITCHES)) != len(PITCHES):
+            raise ValueError(f"sets {checked['sets']}; expected {len(PITCHES)}, the pitches of the embeddings")
         return {"system": system} | {name: checked[name] for name in known}
 
 
