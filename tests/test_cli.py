@@ -780,12 +780,13 @@ class TestManners:
 
     def test_a_dry_run_writes_nothing(self, words: Words, brush: Path, tissue_slide: Path, tmp_path: Path) -> None:
         config = tmp_path / "config.toml"
-        config.write_text('[data]\nslides = [{ path = "a.tif" }]\n')
+        sizes = "sizes = [64, 64, 64, 64, 32]\nwindow = 32\npoints = 0"
+        config.write_text(f'[data]\nslides = [{{ path = "{tissue_slide}" }}]\n{sizes}\n')
         (tmp_path / "out").mkdir()
         for arguments, named in (
             (paint(tissue_slide, tmp_path / "out" / "new.ome.zarr", brush, size=512), "512 x 512 pixels at 0.5 µm"),
             (["embed", tissue_slide, "-o", tmp_path / "out" / "deep"], "tissue.tif"),
-            (["train", config, "-o", tmp_path / "out" / "brush"], "a.tif"),
+            (["train", config, "-o", tmp_path / "out" / "brush"], "tissue.tif"),
         ):
             ran = words(*arguments, "--dry-run")
             assert (ran.code, ran.err) == (0, "")

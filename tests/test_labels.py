@@ -274,7 +274,7 @@ def test_patterns_are_files_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("[data]\nencoder='labels'\nslides=[{path='a', label='x'}, {path='b'}]", "data: Value error, b has no label"),
+        ("[data]\nencoder='labels'\nslides=[{path='a', label='x'}, {path='b'}]", "data: b has no label"),
         ("[data]\nslides=[{path='a', label='x'}]", "a has a label, the encoder is bundled; expected 'labels'"),
         ("[data]\nslides=[{path='a'}]\nuntil = 0", "data.until"),
         ("[data]\nslides=[{path='a'}]\nsymmetries = 'all'", "data.symmetries"),

@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +18,14 @@ import numpy as np
 import pytest
 
 from wsi_brush.grid import Grid
+from wsi_brush.published import CLIP_SHA256, Network, Networks
 from wsi_brush.slide import open_slide
 from wsi_brush.tissue import find_tissue
 
 PIPELINE = Path(__file__).parents[1] / "pipelines" / "paper_tables"
 pytestmark = pytest.mark.skipif(not PIPELINE.is_dir(), reason="the pipelines are not beside the tests")
 
+NONE = Networks(None, None, "no weights here")
 TABLES = """
 minutes = 60
 steps = 2
@@ -94,6 +98,7 @@ def made(pipeline: ModuleType, asked: argparse.Namespace) -> list[str]:
     """The lines of the results of all of it, with scenes that the made slide has room for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "COST_SIZES", (64, 128))
+        patch.setattr(pipeline, "find_networks", lambda: NONE)
         pipeline.main(asked)
     return list((asked.work / "RESULTS.md").read_text(encoding="utf-8").splitlines())
 
@@ -103,7 +108,8 @@ def test_every_system_has_its_row_at_the_sizes_that_it_paints(made: list[str]) -
     assert [head.split(":")[0] for head in heads] == ["## 256²", "## 128²", "## Training"]
     first = [cells(line)[0] for line in made if line.startswith("| ")]
     tables = [first[start + 1 : stop] for start, stop in pairwise([*_at(first, "system"), len(first)])]
-    assert tables == [["ours", "infty-diff"], ["ours"], ["ours", "infty-diff"]]  # by 256², 128² and cost
+    both = ["ours", "infty-diff"]
+    assert tables == [both, both, both, ["ours"], ["ours"], ["ours"], both]  # of 256² three, of 128² three, and cost
     assert "no tissue" in next(line for line in made if line.startswith("| infty-diff"))
     assert "2 steps of 1 scenes" in made[0]
 
@@ -115,6 +121,17 @@ def test_the_paintings_are_of_the_squares_and_judged_in_pairs(
     assert len(list(report.parents[1].glob("256-2-2/*.ome.zarr"))) == 2
     figures = json.loads(report.read_text(encoding="utf-8"))
     assert figures["control"] is not None  # each painting was found on its slide
+    assert [one["name"] for one in figures["encoders"]] == ["bundled", "judge"]
+
+
+def test_the_judge_comes_first_and_what_is_left_out_is_said(made: list[str]) -> None:
+    words = [line for line in made if line.startswith(("In ", "Left out"))][:4]
+    assert [word.split(",")[0] for word in words[:2]] == ["In `judge`", "In `bundled`"]
+    assert words[2:] == ["In neither:", "Left out: no weights here."]
+    assert not any("FID" in line for line in made)
+    assert "2 paintings after held-out slides, the same of every system" in next(
+        line for line in made if "## 256²" in line
+    )
 
 
 def test_the_cost_is_measured(made: list[str]) -> None:
@@ -129,15 +146,23 @@ def test_the_cost_is_measured(made: list[str]) -> None:
 
 
 def test_what_is_done_stays_and_what_is_asked_otherwise_is_made_anew(
-    made: list[str], pipeline: ModuleType, asked: argparse.Namespace
+    made: list[str], pipeline: ModuleType, asked: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder,) = asked.work.glob("ours/*")
+    report = folder / "256-2-2-report" / "report.json"
+    judged = report.stat().st_mtime_ns
+    monkeypatch.setattr(pipeline, "find_networks", lambda: NONE)
     weights = folder / "brush" / "brush.safetensors"
     before, painted = weights.stat().st_mtime_ns, (folder / "256-2-2" / "seconds.json").stat().st_mtime_ns
     again = changed(asked, only=["ours"], sizes=[256], no_costs=True)
     pipeline.main(again)
     assert weights.stat().st_mtime_ns == before
     assert (folder / "256-2-2" / "seconds.json").stat().st_mtime_ns == painted
+    assert report.stat().st_mtime_ns == judged
+    old = json.loads(report.read_text(encoding="utf-8"))
+    report.write_text(json.dumps(old | {"encoders": old["encoders"][:1]}), encoding="utf-8")  # of before the judge
+    pipeline.main(again)
+    assert [one["name"] for one in json.loads(report.read_text("utf-8"))["encoders"]] == ["bundled", "judge"]
     pipeline.main(changed(again, each=1))  # other paintings of the same brush
     assert sorted(one.name for one in folder.glob("256*")) == ["256-1-2", "256-1-2-report", "256-2-2", "256-2-2-report"]
     assert weights.stat().st_mtime_ns == before
@@ -170,4 +195,101 @@ def test_the_largest_batch_is_what_fits_beside_the_first_scene(pipeline: ModuleT
 def test_a_figure_stands_beside_its_floor(pipeline: ModuleType) -> None:
     assert pipeline.number({"value": 12.345, "floor": 3.21}) == "12.3 (3.21)"
     assert pipeline.number({"value": 0.5}) == "0.5"
+    assert pipeline.number({"value": 305.2, "low": 280.1, "high": 330, "floor": 3.09, "thumbnail": 9}) == (
+        "305 [280, 330] (3.09, 9)"
+    )
+    assert pipeline.number({"value": 2, "low": None, "high": None, "floor": None}) == "2"
     assert pipeline.number({"value": None}) == pipeline.number(None) == "–"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--only", "foo"], "--only foo: not in {file}; it has ours, infty-diff"),
+        (["--sizes", "77"], "--sizes 77: not in {file}; it has 256, 128"),
+        (["--minutes", "0"], "--minutes: 0; expected a number above 0"),
+        (["--minutes", "nan"], "--minutes: nan; expected a number above 0"),
+        (["--each", "0"], "--each: 0; expected a whole number above 0"),
+        (["--each", "1.5"], "--each: 1.5; expected a whole number"),
+    ],
+)
+def test_words_that_do_not_make_sense_are_one_line(
+    asked: argparse.Namespace, tmp_path: Path, given: list[str], said: str
+) -> None:
+    line = refused(asked.tables, tmp_path, *given)
+    assert said.format(file=asked.tables) in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file or directory; expected a TOML file"),
+        ("[data", "not TOML"),
+        ("steps = 2", "lacks minutes, seed"),
+        (TABLES.replace("batch = 1", "batch = 0"), "the recipe of ours: optimisation.batch: 0; expected"),
+    ],
+)
+def test_a_file_that_is_none_is_one_line(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "tables.toml").write_text(text, encoding="utf-8")
+    assert said in refused(tmp_path / "tables.toml", tmp_path)
+
+
+def refused(tables: Path, work: Path, *given: str) -> str:
+    """The last line of a command that does not begin."""
+    folders = ["--slides", str(work), "--work", str(work / "w")]
+    command = [sys.executable, str(PIPELINE / "tables.py"), str(tables), *folders, *given]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode in (1, 2)
+    assert "Traceback" not in ran.stderr
+    assert not (work / "w").exists()
+    return ran.stderr.splitlines()[-1]
+
+
+FIGURE = {"value": 305.0, "low": 280.0, "high": 330.0, "floor": 3.0}
+
+
+def figures_of(**changed: Any) -> dict[str, Any]:
+    """What an evaluation leaves, as far as the tables read it."""
+    scale = {"n": 120, "frechet": FIGURE, "kernel": FIGURE}
+    control = {
+        "cosine": {"0.5": {"n": 90, "mean": 0.4, "low": 0.3, "high": 0.5}},
+        "retrieval": {"regions": 6, "top1": 0.5, "top1_low": 0.12, "top1_high": 0.88},
+    }
+    octaves = {"ratio": [0.86, None], "low": [0.8, None], "high": [0.9, None]}
+    clip = {"network": "CLIP", "side": 512, "n": 16, "frechet": {"missing": "few"}, "kernel": FIGURE | {"thumbnail": 9}}
+    return {
+        "scales": {"judge": {"0.5": scale, "2": {"n": 3, "missing": "few"}}}, "control": {"judge": control},
+        "texture": {"synthetic": 24, "octaves": octaves}, "published": {"clip": clip},
+    } | changed  # fmt: skip
+
+
+def test_a_row_has_its_numbers_and_its_intervals(pipeline: ModuleType) -> None:
+    found = {"ours": figures_of(), "fixed": {"missing": "no tissue"}, "patches": figures_of(control=None)}
+    heads, _, ours, fixed, patches = (cells(line) for line in pipeline.quality(found, "judge"))
+    assert dict(zip(heads, ours, strict=True)) == {
+        "system": "ours", "tiles a half at 0.5, 2, 8 µm": "120, 3, –", "FD 0.5 µm": "305 [280, 330] (3)",
+        "KID 0.5 µm": "305 [280, 330] (3)", "KID 2 µm": "–", "FD 8 µm": "–", "KID 8 µm": "–",
+        "cosine 0.5 µm": "0.400 [0.300, 0.500] of 90", "cosine 2 µm": "–", "top 1": "50 % [12, 88] of 6",
+    }  # fmt: skip
+    assert len(fixed) == len(heads)
+    assert fixed[1] == "no tissue"
+    assert patches[-3:] == ["–"] * 3
+
+
+def test_what_papers_print_is_there_where_its_weights_are(pipeline: ModuleType) -> None:
+    network = Network("CLIP", 4, CLIP_SHA256, lambda tiles: tiles)  # type: ignore[arg-type, return-value]
+    heads, _, ours = (cells(line) for line in pipeline.plain({"ours": figures_of()}, Networks(network, None, "")))
+    assert dict(zip(heads, ours, strict=True)) == {
+        "system": "ours", "windows": "24", "finest octave": "0.86 [0.80, 0.90]", "the next": "–",
+        "clip squares": "16 of 512²", "clip FID": "–", "clip KID": "305 [280, 330] (3, 9)",
+    }  # fmt: skip
+    (head, *_) = pipeline.plain({"ours": figures_of()}, NONE)
+    assert cells(head) == ["system", "windows", "finest octave", "the next"]
+
+
+def test_systems_are_judged_by_the_paintings_that_all_have(pipeline: ModuleType, tmp_path: Path) -> None:
+    for folder, numbers in (("one", (0, 1)), ("other", (1, 2))):
+        for number in numbers:
+            (tmp_path / folder / f"slide-{number}.ome.zarr").mkdir(parents=True)
+    assert pipeline.in_common([tmp_path / "one", tmp_path / "other"]) == ["slide-1.ome.zarr"]

@@ -56,7 +56,7 @@ def pack(tissue_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Traini
 @pytest.fixture
 def work(tmp_path: Path, pack: TrainingPack, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A work folder whose pack is made already."""
-    monkeypatch.setattr(train, "_pack", lambda data, work, slides, tell, device: pack)
+    monkeypatch.setattr(train, "_pack", lambda *given: pack)
     folder = tmp_path / "work"
     folder.mkdir()
     return folder

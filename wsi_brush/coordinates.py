@@ -81,11 +81,7 @@ def build_pack(
         for number, slide in enumerate(slides):
             group = root.create_group(str(number))
             tissue = Tissue.everywhere(slide.grid.at(PITCH)) if everywhere else find_tissue(slide)
-            size = [
-                math.floor(side / pitches[-1] + 1e-6) * round(pitches[-1] / pitches[0])
-                for side in slide.grid.extent[2:]
-            ]
-            finest = Grid(pitches[0], 0, 0, size[0], size[1])
+            finest = _finest(slide, pitches)
             level = np.concatenate([slide.read(strip) for strip in _strips(finest)])
             for depth, pitch in enumerate(pitches):
                 if depth:
@@ -104,6 +100,36 @@ def build_pack(
             _keep(group, "tissue", (cover > 0.5).astype(np.uint8))
         about["details"] = moments.details()
         about["embeddings"] = moments.embeddings()
+
+
+def check_room(
+    slides: Sequence[Slide], *, shares: Sequence[float], sizes: Sequence[int], until: float = TRAIN_UNTIL,
+    pitches: Sequence[float] = LADDER,
+) -> None:  # fmt: skip
+    """Whether a pack of the slides will have room for the scenes of a `CoordinateSampler`, if it has the tissue.
+
+    Raises:
+        UsageError: if no slide has room for a scene of some pitch.
+    """
+    shapes = [_finest(slide, pitches).shape for slide in slides]
+    for depth, (pitch, share, size) in enumerate(zip(pitches, shares, sizes, strict=True)):
+        if share and not any(min(height >> depth, int((width >> depth) * until)) >= size for height, width in shapes):
+            raise _no_room(size, pitch)
+
+
+def _no_room(size: int, pitch: float) -> UsageError:
+    return UsageError(
+        f"no slide has {size} x {size} pixels at {pitch:g} µm to train on; give larger slides, smaller `sizes`, or "
+        "that pitch a share of 0"
+    )
+
+
+def _finest(slide: Slide, pitches: Sequence[float]) -> Grid:
+    """What a pack has of a slide: whole pixels of the coarsest pitch."""
+    height, width = (
+        math.floor(side / pitches[-1] + 1e-6) * round(pitches[-1] / pitches[0]) for side in slide.grid.extent[2:]
+    )
+    return Grid(pitches[0], 0, 0, height, width)
 
 
 def _strips(grid: Grid) -> list[Grid]:
@@ -234,9 +260,7 @@ class CoordinateSampler:
         self._room = {pitch: self._candidates(pitch) for pitch in self._pitches}
         for (pitch, room), share in zip(self._room.items(), self._shares, strict=True):
             if share and not room:
-                raise UsageError(
-                    f"no slide has {self._sizes[pitch]} x {self._sizes[pitch]} pixels at {pitch:g} µm to train on"
-                )
+                raise _no_room(self._sizes[pitch], pitch)
         self._cells = {pitch: _Cells.of([s.embeddings[pitch] for s in pack.slides], self._device) for pitch in PITCHES}
 
     def _span(self, width: int) -> tuple[int, int]:

@@ -25,14 +25,19 @@ from pydantic import (
 
 from .baselines import OURS, system_class
 from .coordinates import LADDER, TRAIN_UNTIL, Symmetries
-from .diffusion import Objective
+from .diffusion import Ladder, Objective
+from .embed import PITCHES
 from .errors import UsageError
 from .labels import LABELS
 from .machine import Precision
 
+Count = Annotated[int, Field(ge=1, le=2**24)]
+"""How many there are of something that is held in memory."""
+Part = Annotated[float, Field(ge=0, le=1)]
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     later: ClassVar[frozenset[str]] = frozenset()
 
     @model_serializer(mode="wrap")
@@ -51,7 +56,7 @@ class SlideSource(_Strict):
 
     later = frozenset({"label"})
     path: str
-    assume_mpp: float | None = None
+    assume_mpp: float | None = Field(default=None, gt=0)
     label: str | None = Field(default=None, min_length=1)
 
     def found(self, folder: Path) -> list[SlideSource]:
@@ -80,24 +85,24 @@ class Data(_Strict):
     tissue: Literal["found", "everywhere"] | None = None  # everywhere: for pictures that are no H&E, as of labels
     until: float = Field(default=TRAIN_UNTIL, gt=0, le=1)  # part of a slide's width; what lies right of it is held out
     symmetries: Symmetries = "square"  # what scenes are turned by
-    shares: tuple[float, ...] = (0.42, 0.2, 0.15, 0.12, 0.11)  # of the pitches 0.5, 1, 2, 4, 8 µm
-    sizes: tuple[int, ...] = (256, 256, 256, 256, 128)  # of a scene, pixels
-    window: int = 128
-    points: int = 64
+    shares: tuple[Annotated[float, Field(ge=0)], ...] = (0.42, 0.2, 0.15, 0.12, 0.11)  # of 0.5, 1, 2, 4, 8 µm
+    sizes: tuple[Count, ...] = (256, 256, 256, 256, 128)  # of a scene, pixels
+    window: Count = 128
+    points: int = Field(default=64, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Data:
         if not len(self.shares) == len(self.sizes) == len(LADDER):
             found = f"{len(self.shares)} shares and {len(self.sizes)} sizes"
             raise ValueError(f"{found}; expected {len(LADDER)} of each, one a pitch")
-        if min(self.shares) < 0 or not 0 < sum(self.shares) < math.inf:
-            raise ValueError("shares are numbers from 0 on, not all of them 0")
+        if not 0 < sum(self.shares) < math.inf:
+            raise ValueError(f"shares {self.shares}; expected numbers from 0 on, not all of them 0")
         if self.window < 32 or any(size % 32 for size in (self.window, *self.sizes)) or self.window > min(self.sizes):
             raise ValueError(
                 f"window {self.window} and sizes {self.sizes}; expected multiples of 32, and no size below the window"
             )
         room = min((size**2 - self.window**2 for size in self.sizes if size > self.window), default=math.inf)
-        if not 0 <= self.points <= room:
+        if self.points > room:
             raise ValueError(f"{self.points} points; expected 0 to {room}, the pixels of a scene outside its window")
         return self
 
@@ -130,15 +135,18 @@ class Data(_Strict):
         return list(found.values())
 
 
+_Depth = Annotated[int, Field(ge=0, le=1000)]
+
+
 class Model(_Strict):
     """The operator's sizes; see `denoiser.DenoiserConfig`."""
 
-    width: int = 48
-    depth: tuple[int, int, int] = (1, 2, 4)
-    layout: int = 4
-    heads: int = 6
-    tokens: int = 16
-    mollifier: float = 0.5
+    width: int = Field(default=48, ge=2, le=2**15)
+    depth: tuple[_Depth, _Depth, _Depth] = (1, 2, 4)
+    layout: int = Field(default=4, ge=1, le=1000)
+    heads: Count = 6
+    tokens: Count = 16
+    mollifier: float = Field(default=0.5, ge=0, le=8)
 
     @model_validator(mode="after")
     def _divides(self) -> Model:
@@ -162,7 +170,9 @@ class Rival(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _checked(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _checked(cls, given: Any) -> dict[str, Any]:
+        if not isinstance(given, dict) or "system" not in given:
+            raise ValueError(f"{given!r}; expected a table with `system`")
         system, sizes = given["system"], {name: value for name, value in given.items() if name != "system"}
         kind = system_class(system).sizes
         known = [field.name for field in fields(kind) if field.name != "dim"]
@@ -171,41 +181,44 @@ class Rival(BaseModel):
                 hint = _hint(name, known) or f"; it has {', '.join(known)}"
                 raise ValueError(f"{name}: is no size of {system}{hint}")
         checked = asdict(TypeAdapter(kind).validate_python({"dim": 1, **sizes}))
+        if checked.get("sets", len(PITCHES)) != len(PITCHES):
+            raise ValueError(f"sets {checked['sets']}; expected {len(PITCHES)}, the pitches of the embeddings")
         return {"system": system} | {name: checked[name] for name in known}
+
+
+_Real = Annotated[float, Field(allow_inf_nan=True)]
 
 
 class Optimisation(_Strict):
     """How it is trained. It ends after `steps`, or `minutes` if they are over first; the rate falls to zero by then."""
 
     steps: int = Field(default=100_000, gt=0)
-    minutes: float = Field(default=math.inf, gt=0)
-    batch: int = Field(default=8, gt=0)  # scenes of a shard
-    shards: int = Field(
-        default=1, ge=1
-    )  # batches a step, each of its own pitch; beyond one, side by side, a thread each
-    rate: float = 1.5e-3
+    minutes: float = Field(default=math.inf, gt=0, allow_inf_nan=True)
+    batch: Count = 8  # scenes of a shard
+    shards: Count = 1  # batches a step, each of its own pitch; beyond one, side by side, a thread each
+    rate: float = Field(default=1.5e-3, gt=0)
     warmup: int = Field(default=200, gt=0)
-    decay: float = 0.01
-    clip: float = 1.0
-    average: float = 0.999
+    decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    average: Part = 0.999
     objective: Objective = "v"
-    scattered: float = 0.1  # weight of the scattered points' loss beside the windows'
-    unconditional: float = 0.1
-    full_range: float = 0.1  # part of the scenes whose noise is drawn from the whole range, whatever their pitch
-    tolerance: float | tuple[float, ...] = (0.0054, 0.002, 0.005, 0.005)  # of `diffusion.Ladder`, as the next
-    sigma_min: float = Field(default=0.02, gt=0)
+    scattered: float = Field(default=0.1, ge=0)  # weight of the scattered points' loss beside the windows'
+    unconditional: Part = 0.1
+    full_range: Part = 0.1  # part of the scenes whose noise is drawn from the whole range, whatever their pitch
+    tolerance: _Real | tuple[_Real, ...] = (0.0054, 0.002, 0.005, 0.005)  # of `diffusion.Ladder`, as the next
+    sigma_min: float = Field(default=0.02, gt=0, lt=Ladder.sigma_max)
     retained: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
-    margin: float = 1.5  # noise levels are drawn this factor beyond those that the solver visits
-    seed: int = 0
+    margin: float = Field(default=1.5, ge=1)  # noise levels are drawn this factor beyond those that the solver visits
+    seed: int = Field(default=0, ge=0, le=10**12)
     start: str | None = None  # a brush to start from, instead of from nothing: "bundled" or a folder
     precision: Precision = "float32"  # of products
-    threads: int = 0
-    checkpoint_minutes: float = 3.0
+    threads: int = Field(default=0, ge=0, le=1024)  # 0: as many as PyTorch takes
+    checkpoint_minutes: float = Field(default=3.0, ge=0, allow_inf_nan=True)  # inf: only at the end
 
     @model_validator(mode="after")
     def _tolerable(self) -> Optimisation:
         given = self.tolerance if isinstance(self.tolerance, tuple) else (self.tolerance,) * (len(LADDER) - 1)
-        if len(given) != len(LADDER) - 1 or min(given) <= 0:
+        if len(given) != len(LADDER) - 1 or not all(0 < one < math.inf for one in given):
             raise ValueError(f"tolerance {self.tolerance}; expected a number above 0, or {len(LADDER) - 1} of them")
         return self
 
@@ -221,8 +234,10 @@ class TrainConfig(_Strict):
     @field_validator("model", mode="before")
     @classmethod
     def _of_its_system(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
+        if isinstance(given, Model | Rival):
             return given
+        if not isinstance(given, dict):
+            raise ValueError(f"{given!r}; expected a table, [model]")
         sizes = {name: value for name, value in given.items() if name != "system"}
         ours = given.get("system", OURS) == OURS
         return Model.model_validate(sizes) if ours else Rival.model_validate(given)
@@ -245,18 +260,47 @@ def read_config(path: Path) -> TrainConfig:
     Raises:
         UsageError: naming the key that is wrong, and the nearest that exists.
     """
+    return checked(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        UsageError: if there is none.
+    """
     try:
-        return TrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; expected a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not TOML ({error})") from None
+
+
+def checked(given: dict[str, Any], where: str) -> TrainConfig:
+    """What a recipe says as a configuration; `where` it stands begins the line of an error.
+
+    Raises:
+        UsageError: naming the key that is wrong, and the nearest that exists.
+    """
+    try:
+        return TrainConfig.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{where}: {_line(error)}") from None
+
+
+def _line(error: ValidationError) -> str:
+    """Where, what was found, what was expected: of the first that is wrong."""
+    first = error.errors()[0]
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
         known = [name for part in (TrainConfig, Data, Model, Optimisation, SlideSource) for name in part.model_fields]
-        hint = _hint(str(first["loc"][-1]), known) if first["type"] == "extra_forbidden" else ""
-        raise UsageError(f"{path}: {key}: {first['msg']}{hint}") from None
+        said += _hint(str(first["loc"][-1]), known)
+    elif said.startswith("Input should be "):
+        wanted = said.removeprefix("Input should be ")
+        number = "a number " if wanted.startswith(("greater", "less")) else ""
+        said = f"{first['input']!r}; expected {number}{wanted}"
+    return f"{'.'.join(map(str, first['loc']))}: {said}"
 
 
 def _hint(name: str, known: list[str]) -> str:

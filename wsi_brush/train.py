@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +25,11 @@ from .baselines import System, build
 from .brush import Brush, load_brush, save_brush
 from .commit import check_target, fingerprint, read_manifest, sha256_of, write_json
 from .coordinates import KIND as PACK
-from .coordinates import TRAIN_UNTIL, CoordinateSampler, TrainingPack, build_pack
+from .coordinates import TRAIN_UNTIL, CoordinateSampler, TrainingPack, build_pack, check_room
 from .denoiser import Denoiser, DenoiserConfig
 from .diffusion import Ladder
 from .embed import terms_of
-from .encoder import load_encoder
+from .encoder import Encoder, load_encoder
 from .errors import MachineError, RefusedError, UsageError
 from .field import mollifier_radius
 from .labels import LABELS, Labels
@@ -38,7 +39,7 @@ from .optimiser import optimisers
 from .recipe import Data, Model, Rival, TrainConfig
 from .scenes import Scenes
 from .scratch import hold
-from .slide import open_slide
+from .slide import Slide, open_slide
 from .zoo import terms_line
 
 Tell = Callable[[str], None]
@@ -73,7 +74,7 @@ def _trained(
     if config.optimisation.threads:
         torch.set_num_threads(config.optimisation.threads)
     check_precision(config.optimisation.precision, device)
-    pack = _pack(config.data, work, slides, tell, device)
+    pack = _pack(config.data, work, slides, tell, device, partial(_begun, config))
     run = Training(config, pack, work, device)
     run.resume(tell)
     while not run.over:
@@ -90,33 +91,76 @@ def _trained(
     return brush
 
 
-def _pack(data: Data, work: Path, slides: Path, tell: Tell, device: torch.device = CPU) -> TrainingPack:
+def check_training(config: TrainConfig, *, work: Path, slides: Path = Path(), device: str = "cpu") -> None:
+    """What `train_brush` looks at before hours of work: device, encoder, the brush to start from, the slides' headers,
+    and whether scenes have room on them; or pack and checkpoints, where they are made. Nothing is written or fetched.
+
+    Raises:
+        UsageError, SlideError, RefusedError, MachineError: one line each, as `train_brush`.
+    """
+    place = find_device(device)
+    check_precision(config.optimisation.precision, place)
+    *_, opened = _inputs(config.data, work / "pack", slides, place, partial(_begun, config))
+    if opened is None:
+        Training(config, TrainingPack(work / "pack"), work, place).resume(lambda line: None)
+
+
+def _pack(
+    data: Data, work: Path, slides: Path, tell: Tell, device: torch.device = CPU,
+    begun: Callable[[int], object] = lambda dim: None,
+) -> TrainingPack:  # fmt: skip
     path = work / "pack"
-    named = data.sources(slides)
-    sources = [source.model_dump() for source in named]
-    labels = [source.label for source in named if source.label is not None]
-    encoder = Labels.of(labels) if data.encoder == LABELS else load_encoder(data.encoder, device=str(device))
+    sources, labels, encoder, opened = _inputs(data, path, slides, device, begun)
     if (line := terms_line(encoder.name, **terms_of(encoder))) is not None:
         tell(line)
-    found = read_manifest(path) if path.is_dir() else None
-    if found is None:
-        tell(f"decoding and embedding {len(named)} slides into {path}")
-        opened = [open_slide(slides / source.path, assume_mpp=source.assume_mpp) for source in named]
+    if opened is not None:
+        tell(f"decoding and embedding {len(opened)} slides into {path}")
         work.mkdir(parents=True, exist_ok=True)
         options = {"labels": labels, "everywhere": data.everywhere, "until": data.until}
         build_pack(opened, path, encoder=encoder, sources=sources, **options)  # type: ignore[arg-type]
+    kept = data.in_memory and device.type != "cpu"
+    return TrainingPack(path, in_memory=data.in_memory, device=device if kept else None)
+
+
+def _inputs(
+    data: Data, path: Path, slides: Path, device: torch.device, begun: Callable[[int], object]
+) -> tuple[list[dict[str, Any]], list[str], Encoder | Labels, list[Slide] | None]:
+    """Sources, labels, encoder, and the slides where there is no pack yet. `begun`: tried with the length of an
+    embedding."""
+    named, opened = data.sources(slides), None
+    sources = [source.model_dump() for source in named]
+    labels = [source.label for source in named if source.label is not None]
+    encoder = Labels.of(labels) if data.encoder == LABELS else load_encoder(data.encoder, device=str(device))
+    begun(encoder.dim)
+    found = read_manifest(path) if path.is_dir() else None
+    if found is None:
+        opened = [open_slide(slides / source.path, assume_mpp=source.assume_mpp) for source in named]
+        check_room(opened, shares=data.shares, sizes=data.sizes, until=data.until)
     elif found.get("kind") != PACK or found["fingerprint"] != encoder.fingerprint or found.get("sources") != sources:
         raise RefusedError(f"{path}: made with another encoder or other slides; remove it or choose another --work")
     elif (found.get("everywhere", False), found.get("until", TRAIN_UNTIL)) != (data.everywhere, data.until):
         raise RefusedError(f"{path}: made with another `tissue` or `until`; remove it or choose another --work")
-    kept = data.in_memory and device.type != "cpu"
-    return TrainingPack(path, in_memory=data.in_memory, device=device if kept else None)
+    return sources, labels, encoder, opened
 
 
 def _network(model: Model | Rival, dim: int) -> Denoiser | System:
     if isinstance(model, Rival):
         return build(model.system, {"dim": dim, **model.sizes})
     return Denoiser(DenoiserConfig(dim=dim, **model.model_dump()))
+
+
+def _begun(config: TrainConfig, dim: int) -> Denoiser | System:
+    """The network as its training begins; `dim` is the encoder's.
+
+    Raises:
+        UsageError, RefusedError: if there is no brush to start from, or it has other sizes.
+        MachineError: if a package that it needs is not installed.
+    """
+    torch.manual_seed(config.optimisation.seed)
+    network = _network(config.model, dim)
+    if config.optimisation.start is not None:
+        _start_from(load_brush(config.optimisation.start), network)
+    return network
 
 
 def _losses(network: Denoiser | System, *given: Any) -> tuple[Tensor, Tensor]:
@@ -147,11 +191,7 @@ class Training:
         o = config.optimisation
         if device.type == "cuda":  # gradients are noisier than that; whoever asks for a device is given float32
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-        torch.manual_seed(o.seed)
-        self.denoiser = _network(config.model, pack.about["dim"])
-        if o.start is not None:
-            _start_from(load_brush(o.start), self.denoiser)
-        self.denoiser.to(device)
+        self.denoiser = _begun(config, pack.about["dim"]).to(device)
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False)
         self.optimisers = optimisers(self.denoiser, rate=o.rate, decay=o.decay)
         pitches, details = (tuple(pack.about[name]) for name in ("pitches", "details"))

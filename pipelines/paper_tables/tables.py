@@ -4,18 +4,20 @@
     export OMP_WAIT_POLICY=passive
     python pipelines/paper_tables/tables.py pipelines/paper_tables/tables.toml --slides DATA/slides --work WORK
 
-Writes WORK/RESULTS.md: quality by size of the painting (the paper's Tables 2 and 3, and its ablation), and the cost of
-training (Table 4). A reference is a square of a slide that no system has seen. Killed, the same command goes on: what
-is trained, painted or evaluated stays, in a folder of its own for every recipe. --minutes, --each and --only make it
-shorter; the table says so. A system's `sizes` in the tables' file say what it paints, where that is not all.
+Writes WORK/RESULTS.md: quality by size of the painting (the paper's Tables 2 and 3, and its ablation), in the encoder
+that conditions the systems and in one that does not, with CLIP FID and Crop FID where their weights are in the user's
+caches; and the cost of training (Table 4). All systems are judged by the same places, those that all have painted. A
+reference is a square of a slide that no system has seen. Killed, the same command goes on: what is trained, painted or
+evaluated stays, in a folder of its own for every recipe. --minutes, --each and --only make it shorter; the table says
+so. A system's `sizes` in the tables' file say what it paints, where that is not all.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -28,11 +30,12 @@ from wsi_brush.brush import Brush, load_brush
 from wsi_brush.commit import fingerprint
 from wsi_brush.coordinates import TrainingPack, build_pack
 from wsi_brush.encoder import load_encoder
-from wsi_brush.errors import SlideError, WsiBrushError
+from wsi_brush.errors import SlideError, UsageError, WsiBrushError
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory, peak_memory
-from wsi_brush.recipe import TrainConfig
+from wsi_brush.published import Networks, find_networks
+from wsi_brush.recipe import TrainConfig, checked, read_toml
 from wsi_brush.report import write_report
 from wsi_brush.sides import open_sides
 from wsi_brush.slide import Slide, open_slide
@@ -44,6 +47,13 @@ from wsi_brush.train import Training, train_brush
 MPP = 0.5
 GUIDANCE = 2.0  # of all systems, as in RESULTS.md
 OURS = "ours"
+PUBLISHED = {"clip": "clip", "crop": "inception"}
+"""The figures that papers print, and the network that each needs."""
+BESIDE = (
+    "In square brackets: a 95 % interval over blocks, where there are blocks enough. In round ones: the floor, real "
+    "against real, and then a thumbnail's. The finest octaves are detail's variance over the reference's."
+)
+KEYS = ("minutes", "steps", "seed", "encoder", "held_out", "paintings", "data", "optimisation", "systems")
 COST_SIZES, COST_STEPS, COST_MEMORY = (256, 1024, 4096), 3, 8e9  # Table 4: pixels, steps that are timed, bytes
 
 
@@ -52,12 +62,13 @@ def recipe(tables: dict[str, Any], system: str) -> TrainConfig:
     own = tables["systems"][system]
     model = own.get("model", {}) | ({} if system == OURS else {"system": system})
     optimisation = tables["optimisation"] | own.get("optimisation", {})
-    return TrainConfig.model_validate(
+    return checked(
         {
             "data": tables["data"] | {"encoder": tables["encoder"]} | own.get("data", {}),
             "model": model,
             "optimisation": optimisation | {"minutes": tables["minutes"], "seed": tables["seed"]},
-        }
+        },
+        f"the recipe of {system}",
     )
 
 
@@ -93,9 +104,14 @@ def squares(slide: Slide, size: int, count: int) -> list[tuple[int, int, int, in
     """The squares of `size` pixels at MPP with the most tissue that share no pixel: level-0 (top, left, height, width).
 
     Of a lattice that begins in the slide's corner, so that every system is given the same.
+
+    Raises:
+        UsageError: if it has none.
     """
     side = size * MPP
     rows, columns = (int(length * slide.mpp / side) for length in slide.grid.shape)
+    if not rows or not columns:
+        raise UsageError(f"{slide.path}: has no square of {size} pixels at {MPP:g} µm; paint smaller ones after it")
     cover = find_tissue(slide).cover(Grid(side, 0, 0, rows, columns))
     best = np.argsort(-cover, axis=None, kind="stable")[:count]
     pixels = round(side / slide.mpp)
@@ -130,21 +146,48 @@ def painted(
     return folder, float(np.mean(list(seconds.values())))
 
 
-def judged(tables: dict[str, Any], slides: Path, folder: Path) -> dict[str, Any]:
-    """The figures of a folder of paintings against the squares that they follow."""
-    report = folder.with_name(f"{folder.name}-report")
-    if not report.exists():
-        real, synthetic = [], sorted(folder.glob("*.ome.zarr"))
-        assumed = {Path(one["path"]).stem: one for one in tables["held_out"]}
-        for painting in synthetic:
-            real.append(slides / assumed[painting.name.rsplit("-", 1)[0]]["path"])
-        try:
-            sides = open_sides(real, synthetic, assume_mpp=MPP)
-        except SlideError as error:  # a system that learnt nothing paints no tissue
-            return {"missing": str(error)}
-        figures = evaluate_slides(sides, encoders=[load_encoder(tables["encoder"])], seed=tables["seed"])
-        write_report(report, sides, figures)
-    return dict(json.loads((report / "report.json").read_text(encoding="utf-8")))
+def judges(encoder: str) -> list[str]:
+    """What paintings are judged in: the encoder that conditions them, which flatters them, and one that does not."""
+    return [encoder, "bundled" if encoder == "judge" else "judge"]
+
+
+def in_common(folders: Sequence[Path]) -> list[str]:
+    """The paintings that all systems have, so that their figures are of as many."""
+    return sorted(set.intersection(*({path.name for path in folder.glob("*.ome.zarr")} for folder in folders)))
+
+
+def judged(
+    tables: dict[str, Any], slides: Path, folder: Path, names: Sequence[str], networks: Networks
+) -> dict[str, Any]:
+    """The figures of the paintings `names` of a folder against the squares that they follow, in both `judges`."""
+    target = folder.with_name(f"{folder.name}-report")
+    wanted = [judges(tables["encoder"]), list(names), there(networks)]
+    if target.exists():
+        found = dict(json.loads((target / "report.json").read_text(encoding="utf-8")))
+        if asked_of(found) == wanted:
+            return found
+    assumed = {Path(one["path"]).stem: one for one in tables["held_out"]}
+    real = [slides / assumed[name.rsplit("-", 1)[0]]["path"] for name in names]
+    try:
+        sides = open_sides(real, [folder / name for name in names], assume_mpp=MPP)
+    except SlideError as error:  # a system that learnt nothing paints no tissue
+        return {"missing": str(error)}
+    encoders = [load_encoder(name) for name in judges(tables["encoder"])]
+    figures = evaluate_slides(sides, encoders=encoders, seed=tables["seed"], networks=networks)
+    write_report(target, sides, figures, overwrite=target.exists())
+    return figures
+
+
+def there(networks: Networks) -> list[str]:
+    """The figures that papers print whose network is here."""
+    return [name for name, network in PUBLISHED.items() if getattr(networks, network) is not None]
+
+
+def asked_of(figures: dict[str, Any]) -> list[list[str]]:
+    """What a report was made of: encoders, paintings, published figures."""
+    encoders, paintings = ([one["name"] for one in figures[key]] for key in ("encoders", "synthetic"))
+    published = figures.get("published") or {}
+    return [encoders, paintings, [name for name in PUBLISHED if "network" in published.get(name, {})]]
 
 
 def cost(tables: dict[str, Any], system: str, size: int, work: Path) -> dict[str, float]:
@@ -182,43 +225,66 @@ def timed(work: Callable[[], object]) -> float:
 # -- the tables ----------------------------------------------------------------------------------------
 
 
-def number(one: Any, digits: int = 3) -> str:
-    """A figure beside its floor, or a dash."""
-    if not isinstance(one, dict) or one.get("value") is None:
+def number(one: Any, *, key: str = "value", form: str = ".3g") -> str:
+    """A figure, [its interval], (its floor, and a thumbnail's); or a dash. `key`: what it is called there."""
+    if not isinstance(one, dict) or one.get(key) is None:
         return "–"
-    floor = f" ({one['floor']:.{digits}g})" if one.get("floor") is not None else ""
-    return f"{one['value']:.{digits}g}{floor}"
+    edges = [one.get("low"), one.get("high")]
+    beside = ", ".join(f"{one[name]:{form}}" for name in ("floor", "thumbnail") if one.get(name) is not None)
+    interval = "" if None in edges else f" [{edges[0]:{form}}, {edges[1]:{form}}]"
+    return f"{one[key]:{form}}{interval}{f' ({beside})' if beside else ''}"
+
+
+def table(heads: Sequence[str], rows: dict[str, list[str] | str]) -> list[str]:
+    """Rows of a table, one a system; a system of which there is nothing but a word has that."""
+    lines = [f"| system | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for system, cells in rows.items():
+        said = f"{cells} |{' |' * (len(heads) - 1)}" if isinstance(cells, str) else f"{' | '.join(cells)} |"
+        lines.append(f"| {system} | {said}")
+    return lines
 
 
 def quality(found: dict[str, dict[str, Any]], encoder: str) -> list[str]:
-    """Rows of a table of quality: one a system."""
-    heads = [
-        "FD 0.5 µm",
-        "KID 0.5 µm",
-        "KID 2 µm",
-        "FD 8 µm",
-        "KID 8 µm",
-        "cosine 0.5 µm",
-        "cosine 2 µm",
-        "top 1",
-        "finest octaves",
-    ]
-    lines = [f"| system | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
-    for system, figures in found.items():
-        if "missing" in figures:
-            lines.append(f"| {system} | {figures['missing']} |{' |' * (len(heads) - 1)}")
-            continue
-        scales, control = figures["scales"][encoder], (figures["control"] or {}).get(encoder, {"cosine": {}})
-        cosines = [control["cosine"].get(mpp, {}).get("mean") for mpp in ("0.5", "2")]
+    """Rows of a table of quality in an encoder."""
+    wanted = (("0.5", "frechet"), ("0.5", "kernel"), ("2", "kernel"), ("8", "frechet"), ("8", "kernel"))
+    heads = [f"{'FD' if figure == 'frechet' else 'KID'} {mpp} µm" for mpp, figure in wanted]
+
+    def cells(figures: dict[str, Any]) -> list[str]:
+        scales, control = figures["scales"][encoder], (figures["control"] or {}).get(encoder, {})
+        cosines = [control.get("cosine", {}).get(mpp) for mpp in ("0.5", "2")]
+        said = [", ".join(str(scales.get(mpp, {}).get("n", "–")) for mpp in ("0.5", "2", "8"))]
+        said += [number(scales.get(mpp, {}).get(figure)) for mpp, figure in wanted]
+        said += [number(one, key="mean", form=".3f") + (f" of {one['n']}" if one else "") for one in cosines]
         top = control.get("retrieval", {})
-        ratios = figures["texture"].get("octaves", {}).get("ratio", [])[:2]
-        wanted = (("0.5", "frechet"), ("0.5", "kernel"), ("2", "kernel"), ("8", "frechet"), ("8", "kernel"))
-        cells = [number(scales.get(mpp, {}).get(figure)) for mpp, figure in wanted]
-        cells += [f"{one:.3f}" if one is not None else "–" for one in cosines]
-        cells.append(f"{100 * top['top1']:.0f} % of {top['regions']}" if "top1" in top else "–")
-        cells.append(" ".join("–" if one is None else f"{one:.2f}" for one in ratios) or "–")
-        lines.append(f"| {system} | {' | '.join(cells)} |")
-    return lines
+        if "top1" not in top:
+            return [*said, "–"]
+        low, high = (100 * top[f"top1_{edge}"] for edge in ("low", "high"))
+        return [*said, f"{100 * top['top1']:.0f} % [{low:.0f}, {high:.0f}] of {top['regions']}"]
+
+    heads = ["tiles a half at 0.5, 2, 8 µm", *heads, "cosine 0.5 µm", "cosine 2 µm", "top 1"]
+    return table(heads, {system: one.get("missing") or cells(one) for system, one in found.items()})
+
+
+def plain(found: dict[str, dict[str, Any]], networks: Networks) -> list[str]:
+    """Rows of what needs neither encoder: the finest octaves, and the figures that papers print."""
+    shown = there(networks)
+    heads = ["windows", "finest octave", "the next"]
+    for name in shown:
+        heads += [f"{name} squares", f"{name} FID", f"{name} KID"]
+
+    def cells(figures: dict[str, Any]) -> list[str]:
+        texture = figures["texture"]
+        octaves = texture.get("octaves", {})
+        said = [str(texture.get("synthetic", "–"))]
+        for at in range(2):
+            one = {key: octaves.get(key, [None] * 2)[at] for key in ("ratio", "low", "high")}
+            said.append(number(one, key="ratio", form=".2f"))
+        for name in shown:
+            one = figures["published"][name]
+            said += [f"{one.get('n', 0)} of {one['side']}²", number(one.get("frechet")), number(one.get("kernel"))]
+        return said
+
+    return table(heads, {system: one.get("missing") or cells(one) for system, one in found.items()})
 
 
 def costs(found: dict[str, dict[int, dict[str, float]]], parameters: dict[str, int]) -> list[str]:
@@ -234,13 +300,63 @@ def costs(found: dict[str, dict[int, dict[str, float]]], parameters: dict[str, i
     return lines
 
 
+def asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tables' file, with what the words of the command change in it.
+
+    Raises:
+        UsageError: if there is no such file, it lacks something, or it has no such system or size.
+    """
+    tables = read_toml(arguments.tables)
+    lacking = [name for name in KEYS if name not in tables]
+    if lacking:
+        raise UsageError(f"{arguments.tables}: lacks {', '.join(lacking)}; expected what tables.toml has")
+    sizes = [one["size"] for one in tables["paintings"]]
+    for option, given, known in (("--only", arguments.only, [*tables["systems"]]), ("--sizes", arguments.sizes, sizes)):
+        if unknown := [one for one in given or [] if one not in known]:
+            raise UsageError(f"{option} {unknown[0]}: not in {arguments.tables}; it has {', '.join(map(str, known))}")
+    if arguments.minutes is not None:
+        tables["minutes"] = arguments.minutes
+    tables["systems"] = {name: tables["systems"][name] for name in arguments.only or tables["systems"]}
+    own = {} if arguments.each is None else {"each": arguments.each}
+    tables["paintings"] = [one | own for one in tables["paintings"] if one["size"] in (arguments.sizes or sizes)]
+    for system in tables["systems"]:
+        recipe(tables, system)
+    return tables
+
+
+def above_zero(word: str) -> float:
+    """A number of the command.
+
+    Raises:
+        ArgumentTypeError: if it is not above 0, or not finite.
+    """
+    try:
+        found = float(word)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{word}; expected a number above 0")
+    return found
+
+
+def count(word: str) -> int:
+    """A whole number of the command.
+
+    Raises:
+        ArgumentTypeError: if it is none, or 0.
+    """
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word}; expected a whole number above 0")
+    return int(word)
+
+
 def main(arguments: argparse.Namespace) -> None:
     """Train, paint, judge, write."""
-    tables = tomllib.loads(arguments.tables.read_text(encoding="utf-8"))
-    tables["minutes"] = arguments.minutes or tables["minutes"]
-    work, slides = arguments.work, arguments.slides
+    tables = asked(arguments)
+    work, slides, systems = arguments.work, arguments.slides, list(tables["systems"])
     work.mkdir(parents=True, exist_ok=True)
-    systems: Sequence[str] = arguments.only or list(tables["systems"])
+    networks = find_networks()
+    left_out = networks.missing.replace("--download", "`wsi-brush evaluate --download`")
     loaded = {system: load_brush(trained(tables, system, slides, work, arguments.device)) for system in systems}
     trainings = {system: brush.about["training"] for system, brush in loaded.items()}
     lines = [f"{tables['steps']} steps of the solver; wsi-brush {__version__}, {date.today()}. Trained: "
@@ -250,19 +366,24 @@ def main(arguments: argparse.Namespace) -> None:
              ""]  # fmt: skip
     parameters = {system: sum(p.numel() for p in brush.network.parameters()) for system, brush in loaded.items()}
     for one in tables["paintings"]:
-        size, each = one["size"], arguments.each or one["each"]
-        if arguments.sizes and size not in arguments.sizes:
+        size, each = one["size"], one["each"]
+        made = {
+            system: painted(tables, system, brush, slides, work, size, each, arguments.device)
+            for system, brush in loaded.items()
+            if size in tables["systems"][system].get("sizes", [size])
+        }
+        if not made:
             continue
-        found, taken = {}, {}
-        for system, brush in loaded.items():
-            if size not in tables["systems"][system].get("sizes", [size]):
-                continue
-            folder, taken[system] = painted(tables, system, brush, slides, work, size, each, arguments.device)
-            found[system] = judged(tables, slides, folder)
-        lines += [f"## {size}²: {len(tables['held_out']) * each} paintings after held-out slides", "",
-                  *quality(found, tables["encoder"]), "",
-                  "In brackets: the floor, real against real. Seconds a painting: "
-                  + ", ".join(f"{system} {value:.0f}" for system, value in taken.items()) + ".", ""]  # fmt: skip
+        names = in_common([folder for folder, _ in made.values()])
+        found = {system: judged(tables, slides, folder, names, networks) for system, (folder, _) in made.items()}
+        conditions, other = judges(tables["encoder"])
+        lines += [f"## {size}²: {len(names)} paintings after held-out slides, the same of every system", "",
+                  f"In `{other}`, which conditions none of them:", "", *quality(found, other), "",
+                  f"In `{conditions}`, which conditions them and flatters them:", "", *quality(found, conditions), "",
+                  "In neither:", "", *plain(found, networks), "",
+                  *([f"Left out: {left_out}.", ""] if left_out else []),
+                  f"{BESIDE} Seconds a painting: "
+                  + ", ".join(f"{system} {value:.0f}" for system, (_, value) in made.items()) + ".", ""]  # fmt: skip
     if not arguments.no_costs:
         spent = {system: {size: cost(tables, system, size, work) for size in COST_SIZES} for system in systems}
         lines += [f"## Training: seconds a scene, and the largest batch in {COST_MEMORY / 1e9:g} GB", "",
@@ -282,10 +403,10 @@ if __name__ == "__main__":
         parser.add_argument("--slides", type=Path, required=True)
         parser.add_argument("--work", type=Path, required=True)
         parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N: of training and painting")
-        parser.add_argument("--minutes", type=float)
-        parser.add_argument("--each", type=int)
-        parser.add_argument("--sizes", type=int, nargs="+")
-        parser.add_argument("--only", nargs="+")
+        parser.add_argument("--minutes", type=above_zero, help="above 0: of training, each system")
+        parser.add_argument("--each", type=count, help="1 or more: paintings after each held-out slide")
+        parser.add_argument("--sizes", type=count, nargs="+", help="of the paintings, pixels: of those in TABLES")
+        parser.add_argument("--only", nargs="+", help="systems: of those in TABLES")
         parser.add_argument("--no-costs", action="store_true")
         try:
             main(parser.parse_args())

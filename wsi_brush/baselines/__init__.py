@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -33,6 +34,9 @@ SYSTEMS = {
     "sdxl": "sdxl.Sdxl",
 }
 """Module and class of every rival, by name."""
+
+
+_MOST = 2**20
 
 
 class System(nn.Module, ABC):
@@ -80,11 +84,22 @@ def system_class(name: str) -> type[System]:
     Raises:
         ValueError: if there is none of that name.
     """
-    if name not in SYSTEMS:
+    if name not in tuple(SYSTEMS):  # of a recipe, it may be anything
         raise ValueError(f"system {name!r}; expected one of {', '.join((OURS, *SYSTEMS))}")
     module, found = SYSTEMS[name].split(".")
     kind: type[System] = getattr(import_module(f".{module}", __name__), found)
     return kind
+
+
+def check_counts(config: Any) -> None:
+    """Whether the whole numbers of a configuration can be counts.
+
+    Raises:
+        ValueError: if one is below 1.
+    """
+    for name, value in asdict(config).items():
+        if isinstance(value, int) and not 1 <= value <= _MOST:
+            raise ValueError(f"{name} {value}; expected a number from 1 to {_MOST}")
 
 
 def build(name: str, sizes: Mapping[str, Any]) -> System:

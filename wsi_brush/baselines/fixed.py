@@ -26,7 +26,7 @@ from ..objective import Drawing, conditions
 from ..progress import Tell, Told
 from ..scenes import Scenes
 from ..splat import interpolate
-from . import System
+from . import System, check_counts
 
 _OCTAVES = 8
 _INSIDE = 4  # readings of a set of embeddings a token, each way
@@ -55,7 +55,8 @@ class FixedConfig:
         """Raises:
         ValueError: if a size is not what it has to be.
         """
-        if self.levels < 2 or self.size < 8 or self.size % 2 ** (self.levels - 1):
+        check_counts(self)
+        if self.levels < 2 or self.size < 8 or self.size % (1 << self.levels - 1):
             raise ValueError(
                 f"size {self.size}, levels {self.levels}; expected 2 levels or more, and a size from 8 on that "
                 f"halves {max(self.levels - 1, 1)} times"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..condition import ConditionMap
+from . import check_counts
 from .mollified import Mollified
 from .points import Domain, GridLevel, PointBlock, PointLevel, Signal
 
@@ -36,7 +37,11 @@ class InftyDiffConfig:
     mollifier: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.width, self.grid) < 1 or self.heads < 1 or 2 * self.grid % self.heads or self.width % self.heads:
+        """Raises:
+        ValueError: if a size is not what it has to be.
+        """
+        check_counts(self)
+        if 2 * self.grid % self.heads or self.width % self.heads:
             raise ValueError(
                 f"width {self.width}, grid {self.grid}, heads {self.heads}; expected heads that divide width and 2 grid"
             )

@@ -27,7 +27,7 @@ from ..grid import Grid
 from ..objective import Drawing, conditions
 from ..progress import Tell, Told
 from ..scenes import Scenes, square
-from . import System
+from . import System, check_counts
 
 BATCH, GPU_BATCH = 16, 256
 """Windows seen at once."""
@@ -58,8 +58,8 @@ class PatchesConfig:
         """Raises:
         ValueError: if a size is not what it has to be.
         """
-        whole = math.lcm(self.apart, 2 ** (self.levels - 1)) if self.apart > 0 else 0
-        if not whole or self.side < 8 or self.side % whole:
+        check_counts(self)
+        if self.side < 8 or self.side % math.lcm(self.apart, 1 << (self.levels - 1)):
             raise ValueError(
                 f"side {self.side}, apart {self.apart}, levels {self.levels}; expected a side from 8 on that "
                 f"apart divides and that halves {self.levels - 1} times"

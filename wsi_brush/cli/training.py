@@ -28,19 +28,19 @@ def train(
 ) -> None:
     """Slides to a brush. Run again: goes on from the newest checkpoint."""
     with errors(debug, goes_on=True):
-        from ..machine import check_precision, find_device
         from ..recipe import read_config
-        from ..train import train_brush
+        from ..train import check_training, train_brush
 
         read = read_config(config)
-        check_precision(read.optimisation.precision, find_device(device))
         work = work or out.resolve().with_name(f"{out.resolve().name}.work")
         if dry_run:
+            check_training(read, work=work, slides=slides, device=device)
             minutes = read.optimisation.minutes
             budget = {"steps": read.optimisation.steps, "minutes": minutes if math.isfinite(minutes) else "no limit"}
             budget |= {"device": f"{device}, {read.optimisation.precision}"}
             found = {"slides": [source.path for source in read.data.slides], "files": len(read.data.sources(slides))}
-            print_plan({**found, "work": str(work), **budget}, json_)
+            output = f"{out}{' (exists)' if out.exists() else ''}"
+            print_plan({**found, "work": str(work), **budget, "output": output}, json_)
             return
         prepare(read.optimisation.threads)
         tell: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
