@@ -30,7 +30,7 @@ from wsi_brush.brush import Brush, load_brush
 from wsi_brush.commit import fingerprint
 from wsi_brush.coordinates import TrainingPack, build_pack
 from wsi_brush.encoder import load_encoder
-from wsi_brush.errors import SlideError, UsageError, WsiBrushError
+from wsi_brush.errors import UsageError, WsiBrushError
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.grid import Grid
 from wsi_brush.machine import keep_memory, peak_memory
@@ -168,10 +168,7 @@ def judged(
             return found
     assumed = {Path(one["path"]).stem: one for one in tables["held_out"]}
     real = [slides / assumed[name.rsplit("-", 1)[0]]["path"] for name in names]
-    try:
-        sides = open_sides(real, [folder / name for name in names], assume_mpp=MPP)
-    except SlideError as error:  # a system that learnt nothing paints no tissue
-        return {"missing": str(error)}
+    sides = open_sides(real, [folder / name for name in names], assume_mpp=MPP)
     encoders = [load_encoder(name) for name in judges(tables["encoder"])]
     figures = evaluate_slides(sides, encoders=encoders, seed=tables["seed"], networks=networks)
     write_report(target, sides, figures, overwrite=target.exists())
@@ -235,13 +232,10 @@ def number(one: Any, *, key: str = "value", form: str = ".3g") -> str:
     return f"{one[key]:{form}}{interval}{f' ({beside})' if beside else ''}"
 
 
-def table(heads: Sequence[str], rows: dict[str, list[str] | str]) -> list[str]:
-    """Rows of a table, one a system; a system of which there is nothing but a word has that."""
+def table(heads: Sequence[str], rows: dict[str, list[str]]) -> list[str]:
+    """Rows of a table, one a system."""
     lines = [f"| system | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
-    for system, cells in rows.items():
-        said = f"{cells} |{' |' * (len(heads) - 1)}" if isinstance(cells, str) else f"{' | '.join(cells)} |"
-        lines.append(f"| {system} | {said}")
-    return lines
+    return lines + [f"| {system} | {' | '.join(cells)} |" for system, cells in rows.items()]
 
 
 def quality(found: dict[str, dict[str, Any]], encoder: str) -> list[str]:
@@ -262,7 +256,7 @@ def quality(found: dict[str, dict[str, Any]], encoder: str) -> list[str]:
         return [*said, f"{100 * top['top1']:.0f} % [{low:.0f}, {high:.0f}] of {top['regions']}"]
 
     heads = ["tiles a half at 0.5, 2, 8 µm", *heads, "cosine 0.5 µm", "cosine 2 µm", "top 1"]
-    return table(heads, {system: one.get("missing") or cells(one) for system, one in found.items()})
+    return table(heads, {system: cells(one) for system, one in found.items()})
 
 
 def plain(found: dict[str, dict[str, Any]], networks: Networks) -> list[str]:
@@ -284,7 +278,7 @@ def plain(found: dict[str, dict[str, Any]], networks: Networks) -> list[str]:
             said += [f"{one.get('n', 0)} of {one['side']}²", number(one.get("frechet")), number(one.get("kernel"))]
         return said
 
-    return table(heads, {system: one.get("missing") or cells(one) for system, one in found.items()})
+    return table(heads, {system: cells(one) for system, one in found.items()})
 
 
 def costs(found: dict[str, dict[int, dict[str, float]]], parameters: dict[str, int]) -> list[str]:
