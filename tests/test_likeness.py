@@ -68,11 +68,13 @@ class TestDistribution:
         self, pixels: NDArray[np.uint8], tmp_path: Path
     ) -> None:
         sides = sides_of(tmp_path, pixels, pixels)
-        for mpp, same in ((2.0, True), (1.0, False)):
-            (seen,) = see(sides, mpp, [Descriptor()], PLAIN, most=1024, seed=0)
-            shrunk = through_thumbnails(sides, seen, Descriptor(), PLAIN)[seen.parts[1]]
-            assert len(shrunk) > 0
-            assert np.array_equal(shrunk, seen.vectors[0][seen.parts[1]]) == same
+        (whole,) = see(sides, 2.0, [Descriptor()], PLAIN, most=1024, seed=0)
+        whole.parts[1].extend(range(8))
+        assert through_thumbnails(sides, whole, Descriptor(), PLAIN) is None
+        (seen,) = see(sides, 0.5, [Descriptor()], PLAIN, most=1024, seed=0)
+        shrunk = through_thumbnails(sides, seen, Descriptor(), PLAIN)
+        assert shrunk is not None
+        assert not np.array_equal(shrunk[seen.parts[1]], seen.vectors[0][seen.parts[1]])
 
     def test_what_was_left_blank_is_looked_at(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
         torn = pixels.copy()
@@ -138,7 +140,21 @@ class TestDistribution:
         sides = sides_of(tmp_path, full[:256, :256], full[:256, :256])
         found = distribution(sides, see(sides, 0.5, [TileStatistics()], PLAIN, most=60, seed=0)[0], seed=0)
         said = "2 tiles of 64 µm in a half; 8 are needed: give larger regions, or more pairs"
-        assert found == {"real": 9, "synthetic": 9, "n": 2, "missing": said}
+        squares = "squares of the same slides"
+        assert found == {"real": 9, "synthetic": 9, "n": 2, "halves": squares, "missing": said}
+
+    def test_of_many_slides_that_are_not_paired_the_floor_is_of_other_slides(
+        self, pixels: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        paths = [
+            write_pyramid(tmp_path / f"{k}.tif", [pixels[200 + 40 * k : 584 + 40 * k, 300:684]], compression="zlib")
+            for k in range(8)
+        ]
+        sides = open_sides(paths, paths, by_order=False)
+        found = figures(sides)
+        assert (found["halves"], found["n"]) == ("other slides", 100)
+        assert found["kernel"]["low"] is None  # of four slides in a half
+        assert texture(sides, PLAIN, mpp=0.5, seed=0)["n"] == 4
 
     def test_small_fields_speak_together(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
         """Four fields of 3 x 3 tiles: none has two halves of 8 tiles, all of them have."""
@@ -250,6 +266,6 @@ class TestTexture:
         ]
         for real, other in (paths, paths[::-1]):
             sides = open_sides([real], [other])
-            mpp = common_pitch([*sides.real, *sides.synthetic], 0.5)
+            mpp = common_pitch(*([one.slide for one in side] for side in (sides.real, sides.synthetic)), least=0.5)
             ratio = texture(sides, PLAIN, mpp=mpp, seed=0)["octaves"]["ratio"]
             assert np.abs(np.array(ratio[:4]) - 1).max() < 0.05, ratio

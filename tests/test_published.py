@@ -333,11 +333,21 @@ class TestThumbnail:
         part = thumbnail(slide, Grid(0.5, 384, 128, 256, 256), 4)
         assert np.abs(part.astype(int) - whole[384:640, 128:384]).max() <= 1
 
+    @pytest.mark.parametrize("factor", [3, 7, 31])
+    def test_it_is_in_its_place_whatever_the_factor(self, tmp_path: Path, factor: int) -> None:
+        """Also at the slide's end, where white lies beyond, and where its cells are cut."""
+        ramp = np.broadcast_to(np.linspace(20, 230, 500)[None, :, None], (256, 500, 3)).astype(np.uint8)
+        slide = open_slide(write_pyramid(tmp_path / "r.tif", [ramp], compression="zlib", compressionargs={}))
+        for left in (128, 372):
+            grid = Grid(0.5, 64, left, 128, 128)
+            apart = thumbnail(slide, grid, factor).astype(float) - slide.read(grid)
+            assert abs(apart[:, 8:-factor].mean()) < 1
+
 
 class _Blank:
     """Of a slide, only what finding spots needs."""
 
-    mpp = 0.5
+    mpp, grid = 0.5, Grid(0.5, 0, 0, 2**20, 2**20)
 
     def __init__(self, name: str) -> None:
         self.path = Path(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from wsi_brush.samples import (
     halves,
     read_spots,
     shows,
+    slide_halves,
     spots_of,
 )
 from wsi_brush.slide import Slide, open_slide
@@ -75,16 +77,38 @@ class TestSpots:
         field = field_of(other, Grid(mpp, 300, 280, side, side))
         assert len(spots_of([field], 0.5, 128, stride=1.0)) == 16
 
+    def test_no_square_reaches_beyond_its_slide(self, slide: Slide, tmp_path: Path) -> None:
+        field = field_of(open_slide(copied(slide, tmp_path / "short.tif", Grid(0.5, 256, 256, 511, 512))))
+        assert len(spots_of([field], 0.5, 128, stride=1.0)) == 3 * 4
+
     def test_all_are_read_at_a_pitch_at_which_they_lose_alike(self, slide: Slide, tmp_path: Path) -> None:
         path = copied(slide, tmp_path / "other.tif")
-        fields = {mpp: field_of(open_slide(path, force_mpp=mpp)) for mpp in (0.25, 0.5, 0.5002, 0.5044)}
 
-        def pitch(*mpps: float) -> float:
-            return common_pitch([fields[mpp] for mpp in mpps], 0.5)
+        def at(*mpps: float, synthetic: bool = False) -> list[Slide]:
+            return [replace(open_slide(path, force_mpp=mpp), synthetic=synthetic) for mpp in mpps]
 
-        assert (pitch(0.5, 0.5), pitch(0.25, 0.5), pitch(0.25, 0.25)) == (0.5, 0.5, 0.5)
-        assert (pitch(0.5, 0.5002), pitch(0.5044, 0.5044)) == (0.5002, 0.5044)
-        assert pitch(0.5, 0.5044) == pytest.approx(2**0.5 * 0.5044)
+        for real, other, expected in (
+            (at(0.5), at(0.5), 0.5),
+            (at(0.25, 0.2528, 0.263), at(0.5), 0.5),
+            (at(0.25), at(0.25), 0.5),
+            (at(1.0), at(0.5), 1.0),
+            (at(0.5), at(0.5002), 0.5002),
+            (at(0.5044), at(0.5044), 0.5044),
+            (at(0.5044), at(0.5), 2**0.5 * 0.5044),
+            (at(0.5044, 0.25), at(0.5, synthetic=True), 0.5),  # paintings show what is read at theirs
+            (at(2.0), at(0.5, synthetic=True), 2.0),
+            (at(0.25), at(1.0, synthetic=True), 1.0),
+        ):
+            assert common_pitch(real, other, 0.5) == pytest.approx(expected), (real, other)
+
+    def test_halves_of_whole_slides_are_of_many(self) -> None:
+        even = [square_field(f"{k}", 0, 0, 256) for k in range(9)]
+        parts = slide_halves(even, spots_of(even, 0.5, 128))
+        assert parts is not None
+        assert sorted(map(len, parts)) == [36, 45]
+        assert slide_halves(even[:7], spots_of(even[:7], 0.5, 128)) is None
+        large = [square_field("large", 0, 0, 2048), *even[:7]]
+        assert slide_halves(large, spots_of(large, 0.5, 128)) is None  # it would be a half alone
 
     def test_no_tissue_is_said(self, tmp_path: Path) -> None:
         blank = write_pyramid(tmp_path / "blank.tif", [np.full((256, 256, 3), 250, np.uint8)])
@@ -132,7 +156,7 @@ class _Blank:
     def __init__(self, name: str = "made") -> None:
         self.path = Path(name)
 
-    mpp = 0.5
+    mpp, grid = 0.5, Grid(0.5, 0, 0, 2**20, 2**20)
 
 
 def square_field(path: str, top: int, left: int, side: int) -> Field:

@@ -13,7 +13,7 @@ from wsi_brush.commit import staged
 from wsi_brush.embed import slide_fingerprint
 from wsi_brush.grid import Grid
 from wsi_brush.pyramid import Pyramid
-from wsi_brush.samples import spots_of
+from wsi_brush.samples import blocks, spots_of
 from wsi_brush.sides import Pair, open_all, open_sides, painted_after
 from wsi_brush.slide import Slide, open_slide
 
@@ -76,6 +76,37 @@ class TestSides:
         assert len(sides.spots(0.5, 64, most=9)[1]) == 9
         assert not open_sides([slide.path], [blank], by_order=False).spots(0.5, 64)[1]
 
+    def test_one_slide_is_one_however_its_name_is_spelt(
+        self, slide: Slide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copies = [copied(slide, tmp_path / name) for name in ("one.tif", "two.tif")]
+        monkeypatch.chdir(slide.path.parent)
+        sides = open_sides([slide.path, Path(slide.path.name)], copies)
+        assert len(sides.real) == 1
+        sides = open_sides([slide.path] * 2, copies[:1] * 2)
+        assert "one.tif: given more than once, and counted as often" in sides.notes
+
+    def test_real_slides_after_which_nothing_was_painted_are_left_out(self, slide: Slide, tmp_path: Path) -> None:
+        """They would take the places at which paintings are looked at."""
+        place = Grid(0.5, 320, 256, 384, 384)
+        followed = painted(slide, tmp_path / "p.ome.zarr", place, fingerprint=slide_fingerprint(slide.path)[:16])
+        other = write_pyramid(tmp_path / "other.tif", [slide.read(slide.grid)[::-1]])
+        sides = open_sides([other, slide.path], [followed])
+        assert [one.name for one in sides.real] == ["tissue.tif"]
+        assert sides.notes == ["other.tif: left out, as nothing was painted after it"]
+        real, synthetic = sides.spots(0.5, 64)
+        assert sides.followed(synthetic) == real
+        assert np.array_equal(sides.groups(synthetic), blocks(sides.real, real))
+
+    def test_a_square_that_is_not_whole_in_a_painting_is_not_looked_at(self, slide: Slide, tmp_path: Path) -> None:
+        short = copied(slide, tmp_path / "short.tif", Grid(0.5, 0, 0, slide.grid.height - 1, slide.grid.width))
+        sides = open_sides([slide.path], [short])
+        assert sides.paired
+        real, synthetic = sides.spots(0.5, 64)
+        last = slide.grid.height - 64
+        assert any(spot.grid.top == last for spot in spots_of(sides.real, 0.5, 64)) == (len(synthetic) < len(real))
+        assert all(spot.grid.bottom < slide.grid.height for spot in synthetic)
+
     def test_of_many_slides_that_are_not_paired_the_halves_are_of_other_slides(
         self, slide: Slide, tmp_path: Path
     ) -> None:
@@ -84,8 +115,9 @@ class TestSides:
         for count, paired, whole in ((9, False, True), (9, True, False), (7, False, False)):
             sides = open_sides(paths[:count], paths[:count], by_order=paired)
             spots = sides.spots(0.5, 64)[0]
-            one, other = ({spots[number].field for number in half} for half in sides.halves(spots))
-            assert one.isdisjoint(other) == whole
+            halves, by_slide = sides.halves(spots)
+            one, other = ({spots[number].field for number in half} for half in halves)
+            assert one.isdisjoint(other) == by_slide == whole
         assert {len(one), len(other)} == {7}
 
     def test_nor_when_there_are_more_of_one(self, slide: Slide, tmp_path: Path) -> None:

@@ -53,11 +53,15 @@ def _matched(
     found = spots_of(references, mpp, tile, stride=1.0, most=most, seed=seed)
     if len(found) < _APART:
         found = spots_of(references, mpp, tile, stride=0.5, most=most, seed=seed)
-    if len(found) < _LEAST:
-        few = f"{len(found)} tiles of {tile * mpp:g} µm with tissue; {_LEAST} are needed"
-        return [{"n": len(found), "missing": few}] * len(encoders)
-    theirs = [Spot(sides.pairs[number].real, grid) for number, grid in found]
-    spots = [Spot(sides.pairs[number].synthetic, sides.pairs[number].here(grid)) for number, grid in found]
+    theirs, spots = list[Spot](), list[Spot]()
+    for followed, grid in found:
+        follower = sides.pairs[followed]
+        if (spot := sides.painted(follower, grid)) is not None:
+            theirs.append(Spot(follower.real, grid))
+            spots.append(spot)
+    if len(spots) < _LEAST:
+        few = f"{len(spots)} tiles of {tile * mpp:g} µm with tissue; {_LEAST} are needed"
+        return [{"n": len(spots), "missing": few}] * len(encoders)
     told, groups = Told(tell, f"comparing at {mpp:g} µm", 2 * len(spots)), blocks(sides.real, theirs)
     vectors = [
         embed_spots(fields, mine, encoders, codec, told)
@@ -118,8 +122,9 @@ def retrieval(
     ours, own, places = list[Spot](), list[int](), dict[Spot, int]()
     for pair in sides.pairs:
         for spot in spots_of([sides.real[pair.real]], mpp, per * tile, stride=stride, most=64):
-            ours.append(Spot(pair.synthetic, pair.here(spot.grid)))
-            own.append(places.setdefault(Spot(pair.real, spot.grid), len(places)))
+            if (painted := sides.painted(pair, spot.grid)) is not None:
+                ours.append(painted)
+                own.append(places.setdefault(Spot(pair.real, spot.grid), len(places)))
     theirs = list(places)
     if len(theirs) < 4:
         return [{"regions": len(theirs), "missing": "fewer than 4 regions"}] * len(encoders)
@@ -145,11 +150,11 @@ def retrieval(
 
 def _ranked(ours: Vectors, real: Vectors, own: Sequence[int]) -> dict[str, Any]:
     first, side = _ranks(ours.mean(1), real.mean(1), own), math.isqrt(real.shape[1])
-    found = _share("top1", first < 1) | _share("top5", first < 5)
+    found = _share("top1", first < 1, len(real)) | _share("top5", first < 5, len(real))
     if side > 1:
         black = np.indices((side, side)).sum(0).ravel() % 2 == 0  # of a chessboard of tiles
         halves = real[:, black].mean(1), real[:, ~black].mean(1)
-        found |= _share("real", _ranks(*halves, range(len(real))) < 1)
+        found |= _share("real", _ranks(*halves, range(len(real))) < 1, len(real))
     return found
 
 
@@ -160,12 +165,12 @@ def _ranks(ours: Vectors, real: Vectors, own: Sequence[int]) -> NDArray[np.int_]
     return np.asarray((scores >= scores[np.arange(len(ours)), own][:, None]).sum(1) - 1)
 
 
-def _share(name: str, hits: NDArray[np.bool_]) -> dict[str, float | None]:
-    """How many there are of all, and its interval after Clopper & Pearson (1934): a bootstrap of what is always, or
-    never, so has none."""
+def _share(name: str, hits: NDArray[np.bool_], regions: int) -> dict[str, float | None]:
+    """How many there are of all, and its interval after Clopper & Pearson (1934), as of one painting of each region:
+    others of a region are no other witnesses. A bootstrap of what is always, or never, so has none."""
     from scipy.stats import binomtest
 
-    low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95)
+    low, high = binomtest(round(hits.mean() * regions), regions).proportion_ci(0.95)
     return {name: number(hits.mean()), f"{name}_low": number(low), f"{name}_high": number(high)}
 
 

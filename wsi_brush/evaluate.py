@@ -62,7 +62,7 @@ def evaluate_slides(
     if left_out:
         notes.append(f"not at {', '.join(f'{mpp:g}' for mpp in left_out)} µm, which not every slide shows")
     notes += _warnings(sides, encoders)
-    finest = common_pitch(both, SCALES[0])
+    finest = common_pitch([one.slide for one in sides.real], [one.slide for one in sides.synthetic], SCALES[0])
     figures: dict[str, Any] = {
         "format": 3, "wsi_brush": __version__, "seed": seed, "codec": one_codec.word, "most": most,
         "encoders": [{"name": one.name, "fingerprint": one.fingerprint, "dim": one.dim, "tile": one.tile}
@@ -106,7 +106,7 @@ def _warnings(sides: Sides, encoders: Sequence[TileEncoder]) -> list[str]:
                 f"the brush; {'give' if len(encoders) == 1 else 'look at'} another --encoder beside it"
             )
     absent = set(trained_with) - {encoder.fingerprint for encoder in encoders} - {None}
-    if absent:
+    if absent and sides.pairs:
         names = ", ".join(sorted(str(trained_with[one]) for one in absent))
         found.append(
             f"the brush was conditioned on {names}, which is not among the encoders: control is of others only"
@@ -118,8 +118,7 @@ def _warnings(sides: Sides, encoders: Sequence[TileEncoder]) -> list[str]:
         ]
         found.append(
             f"not all are paired, so tiles are where each side has tissue ({shares[0]:.0f} % of the real one, "
-            f"{shares[1]:.0f} % of the other); with fewer than eight real slides the floor is of neighbouring squares "
-            "in them, and other slides, real too, lie above it"
+            f"{shares[1]:.0f} % of the other); where the floor is of the same slides, others, real too, lie above it"
         )
     return found
 

@@ -21,7 +21,7 @@ from .distances import Groups, Overlap, Vectors, frechet, interval, kernel_dista
 from .embed import TileEncoder
 from .grid import Grid
 from .progress import Tell, Told
-from .samples import Codec, Field, Spot, blocks, by_tile, embed_spots, halves, read_spots
+from .samples import Codec, Spot, blocks, by_tile, embed_spots, read_spots
 from .sides import Sides
 from .slide import Slide
 from .texture import densities, find_nuclei, nuclear_threshold, octaves, stain_distance
@@ -37,6 +37,7 @@ _FEW = 8  # blocks; of fewer, no interval is drawn
 _WIDE = 1024  # numbers of a vector; of more, the Fréchet distance alone takes seconds, and a bootstrap hours
 _REACH = 2  # pixels of a thumbnail that bicubic interpolation reaches beyond an edge
 _TOGETHER = 2**20  # pixels of thumbnails that are held at once
+_WHOLE = 2**20  # tiles: as wide as any slide
 _LEAST, _NEIGHBOURS = 8, 20  # tiles a half, without which nothing is said, and nothing of neighbourhoods
 
 
@@ -91,11 +92,13 @@ def number(value: Any, limits: tuple[float, float] = (-math.inf, math.inf)) -> f
 
 @dataclass
 class Seen:
-    """The tiles of one scale: where they are, what an encoder makes of them, and the real halves."""
+    """The tiles of one scale: where they are, what an encoder makes of them, the real halves, and whether these are of
+    other slides."""
 
     spots: tuple[list[Spot], list[Spot]]
     vectors: tuple[Vectors, Vectors]
     parts: tuple[list[int], list[int]]
+    by_slide: bool
 
 
 def see(
@@ -111,10 +114,10 @@ def see(
     for alike in by_tile(encoders):
         both = sides.real, sides.synthetic
         real, synthetic = sides.spots(mpp, alike[0].tile, most=most, seed=seed)
-        told, parts = Told(tell, f"{words} at {mpp:g} µm", len(real) + len(synthetic)), sides.halves(real)
+        told, (parts, by_slide) = Told(tell, f"{words} at {mpp:g} µm", len(real) + len(synthetic)), sides.halves(real)
         vectors = [embed_spots(f, s, alike, codec, told) for f, s in zip(both, (real, synthetic), strict=True)]
         for encoder, one, other in zip(alike, *vectors, strict=True):
-            found[encoder.name] = Seen((real, synthetic), (one, other), parts)
+            found[encoder.name] = Seen((real, synthetic), (one, other), parts, by_slide)
     return [found[encoder.name] for encoder in encoders]
 
 
@@ -126,15 +129,17 @@ def distribution(sides: Sides, seen: Seen, *, seed: int, thumbnail: Vectors | No
     half are compared too (`through_thumbnails`).
     """
     first, second = seen.parts
-    theirs = _beside_second(sides, seen.spots[1])
+    theirs = _beside_second(sides, seen.spots, second)
     count = min(len(first), len(second), len(theirs))
     found: dict[str, Any] = {"real": len(seen.vectors[0]), "synthetic": len(seen.vectors[1]), "n": count}
+    found["halves"] = "other slides" if seen.by_slide else "squares of the same slides"
     if count < _LEAST:
         side = f" of {seen.spots[0][0].grid.height * seen.spots[0][0].grid.mpp:g} µm" if seen.spots[0] else ""
         return found | {
             "missing": f"{count} tiles{side} in a half; {_LEAST} are needed: give larger regions, or more pairs"
         }
-    numbers = blocks(sides.real, seen.spots[0]), blocks(sides.synthetic, seen.spots[1])
+    wide = _WHOLE if seen.by_slide else None
+    numbers = blocks(sides.real, seen.spots[0], wide=wide), sides.groups(seen.spots[1], wide=wide)
 
     def drawn(vectors: Vectors, groups: Groups, part: list[int]) -> Rows:
         # by one seed: where both sides have the same places, the same are drawn
@@ -155,38 +160,37 @@ def distribution(sides: Sides, seen: Seen, *, seed: int, thumbnail: Vectors | No
 
 def through_thumbnails(
     sides: Sides, seen: Seen, encoder: TileEncoder, codec: Codec, factor: int | None = None, tell: Tell | None = None
-) -> Vectors:
+) -> Vectors | None:
     """What an encoder makes of the real tiles of the second half, each enlarged from a thumbnail: `factor` times
-    smaller, or of its field `THUMBNAIL` pixels. What it made of them where that is no smaller; zeros elsewhere.
+    smaller, or of its field `THUMBNAIL` pixels. Zeros elsewhere; None where no thumbnail is smaller than its field, or
+    the tiles are too few for a figure.
 
     A figure in which a thumbnail does as well as the slide itself does not see detail.
     """
-    vectors = np.zeros_like(seen.vectors[0])
-    told = Told(tell, f"{encoder.name}, thumbnails", len(seen.parts[1]))
-    batch = max(1, _TOGETHER // encoder.tile**2)
-    for start in range(0, len(seen.parts[1]), batch):
-        part = seen.parts[1][start : start + batch]
-        shrunk = []
+    second, vectors, any_shrunk = seen.parts[1], np.zeros_like(seen.vectors[0]), False
+    if len(second) < _LEAST:
+        return None
+    told, batch = Told(tell, f"{encoder.name}, thumbnails", len(second)), max(1, _TOGETHER // encoder.tile**2)
+    for start in range(0, len(second), batch):
+        part = second[start : start + batch]
+        tiles = []
         for number in part:
             field, grid = sides.real[seen.spots[0][number].field], seen.spots[0][number].grid
-            times = factor or round(max(field.area.shape) * field.slide.mpp / grid.mpp / THUMBNAIL)
-            if times > 1:
-                shrunk.append((number, codec(thumbnail(field.slide, grid, times))))
-            else:
-                vectors[number] = seen.vectors[0][number]
-        if shrunk:
-            numbers, squares = zip(*shrunk, strict=True)
-            vectors[list(numbers)] = encoder(np.stack(squares))
+            times = factor or max(1, round(max(field.area.shape) * field.slide.mpp / grid.mpp / THUMBNAIL))
+            any_shrunk |= times > 1
+            tiles.append(codec(thumbnail(field.slide, grid, times)))
+        vectors[part] = encoder(np.stack(tiles))
         told.add(len(part))
-    return vectors
+    return vectors if any_shrunk else None
 
 
 def thumbnail(slide: Slide, grid: Grid, factor: int) -> NDArray[np.uint8]:
     """A square of a slide, shrunk by the mean over `factor` x `factor` pixels and enlarged again (bicubic)."""
-    margin = _REACH * factor
-    image = Image.fromarray(slide.read(grid.pad(margin)))
-    large = np.asarray(image.reduce(factor).resize(image.size, Image.Resampling.BICUBIC))
-    return large[margin : margin + grid.height, margin : margin + grid.width]
+    around = grid.pad(_REACH * factor).clip(slide.grid.at(grid.mpp))  # beyond the slide is white, which would seep in
+    image = Image.fromarray(slide.read(around))
+    cells = (0, 0, image.width / factor, image.height / factor)  # of the last one only a part may be there
+    large = np.asarray(image.reduce(factor).resize(image.size, Image.Resampling.BICUBIC, box=cells))
+    return large[grid.within(around)]
 
 
 def compared(samples: Samples, *, seed: int) -> dict[str, Any]:
@@ -199,13 +203,13 @@ def compared(samples: Samples, *, seed: int) -> dict[str, Any]:
     return found | measured(["kernel"], kernel_distance, samples, seed=seed)
 
 
-def _beside_second(sides: Sides, spots: list[Spot]) -> list[int]:
-    """The synthetic spots, by number, whose places on the real slides lie in the second half."""
+def _beside_second(sides: Sides, spots: tuple[list[Spot], list[Spot]], second: list[int]) -> list[int]:
+    """The synthetic spots, by number, whose places are those of the second real half; where not all are paired, any."""
+    real, synthetic = spots
     if not sides.paired:
-        return list(range(len(spots)))
-    by_field = {pair.synthetic: pair for pair in sides.pairs}
-    places = [Spot(by_field[spot.field].real, by_field[spot.field].there(spot.grid)) for spot in spots]
-    return halves(sides.real, places)[1]
+        return list(range(len(synthetic)))
+    there = {real[number] for number in second}
+    return [number for number, place in enumerate(sides.followed(synthetic)) if place in there]
 
 
 # -- what needs no network -----------------------------------------------------------------------------
@@ -239,12 +243,15 @@ def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | N
     else:
         return {"missing": f"fewer than {_FEWEST} windows of {window} pixels with tissue at {mpp:g} µm"}
     told, threshold = Told(tell, "looking at texture", len(real) + len(synthetic)), math.nan
-    for fields, spots in zip(both, (real, synthetic), strict=True):
+    # a window is as large as a block of tiles at the same pitch, and shares no pixel with another
+    groups = blocks(sides.real, real, wide=1), sides.groups(synthetic, wide=1)
+    for fields, spots, group in zip(both, (real, synthetic), groups, strict=True):
         pixels = np.concatenate(list(read_spots(fields, spots, codec)))
         if mpp <= _SHARP and not windows:
             threshold = nuclear_threshold(list(pixels), mpp)
-        windows.append(_looked_at(fields, spots, pixels, mpp, threshold, seed, told))
-    parts = [*sides.halves(real), _beside_second(sides, synthetic)]
+        windows.append(_looked_at(group, pixels, mpp, threshold, seed, told))
+    first, second = sides.halves(real)[0]
+    parts = [first, second, _beside_second(sides, (real, synthetic), second)]
     count, random = min(map(len, parts)), np.random.default_rng(seed)
     drawn = [np.sort(random.choice(np.asarray(part, np.intp), count, replace=False)) for part in parts]
     said = partial(_beside, windows, parts=drawn, seed=seed)
@@ -260,19 +267,17 @@ def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | N
 
 
 def _looked_at(
-    fields: Sequence[Field], spots: list[Spot], pixels: NDArray[np.uint8], mpp: float, threshold: float, seed: int,
-    told: Told,
-) -> _Windows:  # fmt: skip
+    groups: Groups, pixels: NDArray[np.uint8], mpp: float, threshold: float, seed: int, told: Told
+) -> _Windows:
     random, spectra, colours = np.random.default_rng(seed), [], []
-    nuclei = np.empty(len(spots), object)
+    nuclei = np.empty(len(pixels), object)
     for number, window in enumerate(pixels):
         spectra.append(octaves(window, _OCTAVES))
         colours.append(random.permutation(densities(window).reshape(-1, 3))[:_PIXELS])
         if math.isfinite(threshold):
             nuclei[number] = find_nuclei(window, mpp, threshold)
         told.add()
-    # a window is as large as a block of tiles at the same pitch, and shares no pixel with another
-    return _Windows(np.stack(spectra), np.stack(colours), nuclei, blocks(fields, spots, wide=1))
+    return _Windows(np.stack(spectra), np.stack(colours), nuclei, groups)
 
 
 def _beside(

@@ -259,6 +259,6 @@ def image_side(sides: Sides, mpp: float) -> int:
     """Side of the images of which a CLIP FID is taken, pixels: it depends on the slides alone."""
     for side in _IMAGES:
         real, other = sides.spots(mpp, side, most=sys.maxsize)
-        if min(len(other), *map(len, sides.halves(real))) >= _FEWEST:
+        if min(len(other), *map(len, sides.halves(real)[0])) >= _FEWEST:
             return side
     return _IMAGES[-1]

@@ -28,6 +28,8 @@ from .tissue import PITCH, Tissue, find_tissue, tissue_mask
 
 _BATCH, _AT_ONCE = 64, 2**22  # tiles, and pixels of them, that are held at once
 FINER = 0.95  # a slide of a pitch of up to 5 % more will do
+_NEAR = 1.2  # times as large: pixels that are smeared by resampling, and not made of whole ones
+_SLIDES = 4  # of a half; of fewer, it would be of one kind of tissue
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,11 @@ def spots_of(
     for index, one in enumerate(fields):
         top, left = _corner(one, mpp)
         # counted from the field's corner; a square is parts x parts cells. Of the last one a part of a pixel of level 0
-        # may be missing, to which regions are rounded
-        rows, columns = (int((length + 1) * one.slide.mpp / mpp / step) for length in one.area.shape)
+        # may be missing, to which regions are rounded, if the slide goes on there
+        rows, columns = (
+            int(min(length + 1, room) * one.slide.mpp / mpp / step + 1e-6)
+            for length, room in zip(one.area.shape, _room(one), strict=True)
+        )
         cover = Tissue(one.tissue, Grid(PITCH, 0, 0, *one.tissue.shape)).cover(Grid(mpp * step, 0, 0, rows, columns))
         high, wide = max(rows - parts + 1, 0), max(columns - parts + 1, 0)
         mean = sum(cover[r : r + high, c : c + wide] for r in range(parts) for c in range(parts)) / parts**2
@@ -92,6 +97,11 @@ def spots_of(
     every = np.concatenate(corners)
     every = every[drawn(len(every), most, seed)]
     return [Spot(int(index), Grid(mpp, int(row), int(column), side, side)) for index, row, column in every]
+
+
+def _room(one: Field) -> tuple[int, int]:
+    """Pixels of level 0 from a field's corner to the end of its slide."""
+    return one.slide.grid.bottom - one.area.top, one.slide.grid.right - one.area.left
 
 
 def drawn(count: int, most: int, seed: int) -> NDArray[np.intp]:
@@ -123,13 +133,16 @@ def halves(fields: Sequence[Field], spots: Sequence[Spot]) -> tuple[list[int], l
     return parts[0], [number for number in parts[1] if not _meet(places[number], first, side).any()]
 
 
-def slide_halves(fields: Sequence[Field], spots: Sequence[Spot]) -> tuple[list[int], list[int]]:
-    """The same of whole slides, about as many spots in each half: the fullest slide first, to the emptier half."""
+def slide_halves(fields: Sequence[Field], spots: Sequence[Spot]) -> tuple[list[int], list[int]] | None:
+    """The same of whole slides, the fullest first, each to the emptier half; None where a half would be of fewer than
+    four slides, or of less than a third of the spots."""
     owners = [fields[index].slide.path for index, _ in spots]
     parts: tuple[list[int], list[int]] = ([], [])
     for slide, _ in Counter(owners).most_common():
         min(parts, key=len).extend(number for number, owner in enumerate(owners) if owner == slide)
-    return sorted(parts[0]), sorted(parts[1])
+    if min(len({owners[number] for number in part}) for part in parts) < _SLIDES:
+        return None
+    return (sorted(parts[0]), sorted(parts[1])) if min(map(len, parts)) >= len(spots) / 3 else None
 
 
 def elsewhere(fields: Sequence[Field], spots: Sequence[Spot], *, seed: int) -> list[int]:
@@ -260,15 +273,20 @@ def embed_spots(
     return found
 
 
-def common_pitch(fields: Sequence[Field], least: float) -> float:
-    """The finest pitch, from `least` µm on, at which all are read alike: the coarsest of their own, or where that is no
-    multiple of another half an octave more. Read at its own pitch a slide loses nothing, resampled some of its detail.
+def common_pitch(real: Sequence[Slide], synthetic: Sequence[Slide], least: float) -> float:
+    """The finest pitch, from `least` µm on, at which both sides are read alike.
+
+    Read at its own pitch a slide loses nothing, resampled to a little more a part of its finest detail. Paintings show
+    what a slide shows that is read at theirs, so that one is right for them. Else it is the coarsest of all, or where
+    others are of nearly that size half an octave more, so that all are resampled.
     """
-    pitches = [one.slide.mpp for one in fields]
-    finest = max(least, *pitches)
-    alike = max(pitches) <= 1.001 * min(pitches)
-    whole = all(abs(ratio - round(ratio)) <= 1e-3 * ratio for ratio in (finest / mpp for mpp in pitches))
-    return finest if alike or whole else math.sqrt(2) * finest
+    both = (*real, *synthetic)
+    own, finest = max(slide.mpp for slide in synthetic), max(slide.mpp for slide in both)
+    if all(slide.synthetic for slide in synthetic) and own >= FINER * finest:
+        return max(least, own)
+    finest = max(least, finest)
+    near = any(1.001 < finest / slide.mpp < _NEAR for slide in both)
+    return math.sqrt(2) * finest if near else finest
 
 
 def shows(field: Field, mpp: float) -> bool:

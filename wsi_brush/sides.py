@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .distances import Groups
 from .embed import slide_fingerprint
 from .grid import Grid
 from .inputs import find_inputs
 from .progress import Tell, Told
-from .samples import Field, Spot, drawn, field_of, halves, slide_halves, spots_of
+from .samples import Field, Spot, blocks, drawn, field_of, halves, slide_halves, spots_of
 from .slide import Slide, open_slide
 
-_SLIDES = 8  # real ones; of fewer, a half would be of one kind of tissue
+_EXACT = 1e-3  # of a pixel
 
 
 def painted_after(path: Path) -> dict[str, Any] | None:
@@ -78,17 +80,37 @@ class Sides:
         real = spots_of(self.real, mpp, side, **options)
         if not self.paired:
             return real, spots_of(self.synthetic, mpp, side, **options)
-        followers: dict[int, list[Pair]] = {}
-        for pair in self.pairs:
-            followers.setdefault(pair.real, []).append(pair)
-        every = [Spot(pair.synthetic, pair.here(grid)) for k, grid in real for pair in followers.get(k, ())]
-        return real, [every[k] for k in drawn(len(every), most, seed)]
+        every = [self.painted(pair, grid) for k, grid in real for pair in self.pairs if pair.real == k]
+        inside = [spot for spot in every if spot is not None]
+        return real, [inside[k] for k in drawn(len(inside), most, seed)]
 
-    def halves(self, spots: list[Spot]) -> tuple[list[int], list[int]]:
+    def painted(self, pair: Pair, grid: Grid) -> Spot | None:
+        """Where a real square is in the painting that follows it; None where it is not whole in there."""
+        here, area = pair.here(grid), self.synthetic[pair.synthetic].area
+        top, left, bottom, right = (
+            edge * area.mpp / grid.mpp for edge in (area.top, area.left, area.bottom, area.right)
+        )
+        whole = top <= here.top + _EXACT and left <= here.left + _EXACT
+        whole = whole and here.bottom <= bottom + _EXACT and here.right <= right + _EXACT
+        return Spot(pair.synthetic, here) if whole else None
+
+    def followed(self, spots: Sequence[Spot]) -> list[Spot]:
+        """The real squares at the places of synthetic ones, where all are paired."""
+        pairs = {pair.synthetic: pair for pair in self.pairs}
+        return [Spot(pairs[k].real, pairs[k].there(grid)) for k, grid in spots]
+
+    def halves(self, spots: Sequence[Spot]) -> tuple[tuple[list[int], list[int]], bool]:
         """Real squares in two halves, by number: neighbouring ones (`samples.halves`), as a painting is a neighbour of
-        what it follows; where not all are paired and there are slides enough, ones of other slides."""
-        by_slide = not self.paired and len({one.slide.path for one in self.real}) >= _SLIDES
-        return (slide_halves if by_slide else halves)(self.real, spots)
+        what it follows; where not all are paired, and there are slides enough, of other slides. Whether they are."""
+        by_slide = None if self.paired else slide_halves(self.real, spots)
+        return (halves(self.real, spots), False) if by_slide is None else (by_slide, True)
+
+    def groups(self, spots: Sequence[Spot], *, wide: int | None = None) -> Groups:
+        """`samples.blocks` of synthetic squares: where all are paired, those of the real ones that they follow, so that
+        two paintings of one place are one witness."""
+        if self.paired:
+            return blocks(self.real, self.followed(spots), wide=wide)
+        return blocks(self.synthetic, spots, wide=wide)
 
 
 def open_all(
@@ -131,13 +153,24 @@ def open_sides(
         UsageError: if a folder is empty.
     """
     slides = [open_all(paths, assume_mpp=assume_mpp, force_mpp=force_mpp) for paths in (real, synthetic)]
+    first: dict[Path, Slide] = {}
+    slides[0] = [first.setdefault(slide.path.resolve(), slide) for slide in slides[0]]  # however it is spelt
     about = [painted_after(slide.path) for slide in slides[1]]
     sides = Sides([], [], [], brushes=[one for one in about if one is not None])
     matched = _matched(slides[0], slides[1], about, sides.notes, by_order=by_order)
+    again = [path.name for path, count in Counter(slide.path.resolve() for slide in slides[1]).items() if count > 1]
+    sides.notes += [f"{name}: given more than once, and counted as often" for name in again]
+    followed = {slides[0][found[0]].path for found in matched if found is not None}
+    strangers = {slide.path: slide for slide in slides[0] if slide.path not in followed}
+    if strangers and None not in matched:
+        names = ", ".join(path.name for path in strangers)
+        sides.notes.append(f"{names}: left out, as nothing was painted after it")
+        strangers = {}
     regions: dict[tuple[Path, Grid], Slide] = {}
     for number, slide in enumerate(slides[0]):
         places = [found[1] for found in matched if found is not None and found[0] == number]
-        regions |= {(slide.path, place): slide for place in places or [slide.grid]}
+        places += [slide.grid] if slide.path in strangers else []
+        regions |= {(slide.path, place): slide for place in places}
     order, told = list(regions), Told(tell, "looking for tissue", len(regions) + len(slides[1]))
     for (_, area), slide in regions.items():
         sides.real.append(field_of(slide, None if area == slide.grid else area))

@@ -50,7 +50,9 @@ def evaluate(
     ] = "jpeg:90",
     most: Annotated[
         int,
-        typer.Option(help="Tiles of a side and scale at most; control has 256, copies 400, texture 48.", min=16),
+        typer.Option(
+            help="Tiles of a side and scale at most; control has 256, copies 400; texture 48 windows of 512².", min=16
+        ),
     ] = 1536,
     seed: Annotated[int, typer.Option(help="Draws tiles and intervals.", min=0)] = 0,
     published: Annotated[

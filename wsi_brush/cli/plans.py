@@ -158,10 +158,11 @@ def _plan_published(sides: list[list[Slide]], most: int) -> str:
     from ..estimate import encoder_seconds
     from ..evaluate import SCALES
     from ..published import CROP, find_networks
+    from ..samples import common_pitch
 
     networks, said = find_networks(), []
     if networks.inception is not None:
-        finest = max(SCALES[0], *(slide.mpp for side in sides for slide in side))
+        finest = common_pitch(sides[0], sides[1], SCALES[0])
         crops = 0
         for side in sides:
             across = [[length * slide.mpp / finest / CROP for length in slide.grid.shape] for slide in side]
