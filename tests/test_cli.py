@@ -365,18 +365,16 @@ class TestEvaluate:
         )  # fmt: skip
         assert ran.code == 0, ran.err
         figures = json.loads(ran.out)
-        assert [(one["name"], one["area"]) for one in figures["real"]] == [
-            ("tissue.tif", [0, 0, 1024, 1024]), ("mirrored.tif", [300, 300, 448, 448])
-        ]  # fmt: skip
+        assert [(one["name"], one["area"]) for one in figures["real"]] == [("mirrored.tif", [300, 300, 448, 448])]
         assert figures["control"] is not None
         assert not any("pair" in note for note in figures["notes"])
+        assert "tissue.tif: left out, as nothing was painted after it" in figures["notes"]
 
     def test_what_cannot_be_compared_is_one_line(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
         blank = write_pyramid(tmp_path / "blank.tif", [np.full((512, 512, 3), 245, np.uint8)])
         (tmp_path / "empty").mkdir()
         for other, code, said in (
             (tmp_path / "none.tif", 3, "none.tif"),
-            (blank, 3, "blank.tif: no tissue"),
             (tmp_path / "empty", 1, "no slides in this folder"),
         ):
             for sides in (("--real", "--synthetic"), ("--synthetic", "--real")):
@@ -384,6 +382,11 @@ class TestEvaluate:
                 ran = words("evaluate", sides[0], tissue_slide, sides[1], other, "-o", report, "--quiet")
                 assert said in ran.one_line(code)
                 assert not report.exists()
+        ran = words("evaluate", "--real", blank, "--synthetic", tissue_slide, "-o", report, "--quiet")
+        assert "blank.tif: no tissue" in ran.one_line(3)
+        ran = words("evaluate", "--real", tissue_slide, "--synthetic", blank, "-o", report)
+        assert (ran.code, report.exists()) == (0, True)  # a painting that failed is a result
+        assert "blank.tif: no tissue; is it H&E" in ran.err
         mine = tmp_path / "mine"
         mine.mkdir()
         (mine / "notes.txt").write_text("mine")

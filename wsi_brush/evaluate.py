@@ -75,7 +75,7 @@ def evaluate_slides(
         for encoder, seen in zip(encoders, every, strict=True):
             shrunk = through_thumbnails(sides, seen, encoder, one_codec, tell=tell)
             figures["scales"][encoder.name][f"{mpp:g}"] = distribution(sides, seen, seed=seed, thumbnail=shrunk)
-    figures["texture"] = texture(sides, one_codec, mpp=finest, seed=seed, tell=tell)
+    figures["texture"] = texture(sides, one_codec, mpp=finest, most=most, seed=seed, tell=tell)
     figures["seams"] = gradients(sides, seed=seed)
     figures["borders"] = crops(sides, encoders, one_codec, most=most, seed=seed, tell=tell)
     figures["control"] = (

@@ -26,7 +26,8 @@ from .sides import Sides
 from .slide import Slide
 from .texture import densities, find_nuclei, nuclear_threshold, octaves, stain_distance
 
-_WINDOWS, _AREA, _FEWEST = (512, 256, 128), 48 * 512**2, 4  # for spectrum, stain and nuclei: pixels, how many windows
+_WINDOWS, _FEWEST = (512, 256, 128), 4  # for spectrum, stain and nuclei: pixels, how many windows at least
+_PART = 32  # as many windows of 512 pixels as this part of the tiles at most
 _OCTAVES = 6
 THUMBNAIL = 256
 """Pixels of the longer side of a thumbnail."""
@@ -227,7 +228,9 @@ class _Windows(NamedTuple):
         return Rows(getattr(self, name)[part], self.groups[part])
 
 
-def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | None = None) -> dict[str, Any]:
+def texture(
+    sides: Sides, codec: Codec, *, mpp: float, most: int = 1536, seed: int, tell: Tell | None = None
+) -> dict[str, Any]:
     """Spectrum, stain and nuclei of windows at one pitch; nuclei only where it is fine enough to see them.
 
     A distance is the larger the fewer windows it is of, so those are between halves and at equal numbers, as those of
@@ -236,8 +239,8 @@ def texture(sides: Sides, codec: Codec, *, mpp: float, seed: int, tell: Tell | N
     both, window, windows = (sides.real, sides.synthetic), 0, list[_Windows]()
     real, synthetic = list[Spot](), list[Spot]()
     for window in _WINDOWS:  # the largest that fit
-        most = _AREA // window**2
-        real, synthetic = sides.spots(mpp, window, stride=1.0, most=most, seed=seed)
+        count = max(most // _PART, _FEWEST) * (_WINDOWS[0] // window) ** 2
+        real, synthetic = sides.spots(mpp, window, stride=1.0, most=count, seed=seed)
         if min(len(real), len(synthetic)) >= _FEWEST:
             break
     else:

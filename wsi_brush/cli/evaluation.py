@@ -51,7 +51,8 @@ def evaluate(
     most: Annotated[
         int,
         typer.Option(
-            help="Tiles of a side and scale at most; control has 256, copies 400; texture 48 windows of 512².", min=16
+            help="Tiles of a side and scale at most; control has 256, copies 400; windows of texture are a 32nd.",
+            min=16,
         ),
     ] = 1536,
     seed: Annotated[int, typer.Option(help="Draws tiles and intervals.", min=0)] = 0,
