@@ -28,7 +28,7 @@ from .tissue import PITCH, Tissue, find_tissue, tissue_mask
 
 _BATCH, _AT_ONCE = 64, 2**22  # tiles, and pixels of them, that are held at once
 FINER = 0.95  # a slide of a pitch of up to 5 % more will do
-_NEAR = 1.2  # times as large: pixels that are smeared by resampling, and not made of whole ones
+_SAME, _NEAR = 1.001, 1.2  # times as large: pixels that are smeared by resampling, and not made of whole ones
 _SLIDES = 4  # of a half; of fewer, it would be of one kind of tissue
 
 
@@ -280,12 +280,12 @@ def common_pitch(real: Sequence[Slide], synthetic: Sequence[Slide], least: float
     what a slide shows that is read at theirs, so that one is right for them. Else it is the coarsest of all, or where
     others are of nearly that size half an octave more, so that all are resampled.
     """
-    both = (*real, *synthetic)
-    own, finest = max(slide.mpp for slide in synthetic), max(slide.mpp for slide in both)
-    if all(slide.synthetic for slide in synthetic) and own >= FINER * finest:
+    pitches = [slide.mpp for slide in (*real, *synthetic)]
+    own, coarsest = max(slide.mpp for slide in synthetic), max(pitches)
+    if all(slide.synthetic for slide in synthetic) and own >= FINER * coarsest:
         return max(least, own)
-    finest = max(least, finest)
-    near = any(1.001 < finest / slide.mpp < _NEAR for slide in both)
+    finest = max(least, coarsest)
+    near = coarsest > _SAME * min(pitches) and any(_SAME < finest / mpp < _NEAR for mpp in pitches)
     return math.sqrt(2) * finest if near else finest
 
 
