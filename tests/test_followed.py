@@ -200,7 +200,7 @@ def test_a_painting_says_that_it_was_made_after_embeddings(
     assert open_slide(painted).synthetic
     # So `evaluate` knows which slide it follows; the tissue of this brush is none to look at.
     all_of = np.ones((1, 1), np.bool_)
-    monkeypatch.setattr(sides, "field_of", lambda slide, area=None: Field("", slide, area or slide.grid, all_of))
+    monkeypatch.setattr(sides, "field_of", lambda slide, area=None, **_: Field("", slide, area or slide.grid, all_of))
     (pair,) = sides.open_sides([slide], [painted]).pairs
     assert (pair.down, pair.right) == (300.0, 250.0)
 
