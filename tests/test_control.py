@@ -131,3 +131,10 @@ def test_of_two_regions_that_are_alike_neither_is_found(pixels: NDArray[np.uint8
     (found,) = retrieval(sides_of(tmp_path, twice, twice), [Descriptor()], Codec("none"), 1.0)
     assert (found["regions"], found["top1"]) == (8, 0)
     assert found["top5"] == 1
+
+
+def test_what_is_not_whole_in_a_painting_is_not_asked(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    """Of a painting that is a pixel shorter: white would lie there."""
+    sides = sides_of(tmp_path, pixels, pixels[:-1])
+    found = control(sides, [Descriptor()], Codec("none"), [1.0], most=256, seed=0)["descriptor"]
+    assert (found["cosine"]["1"]["n"], found["retrieval"]["regions"]) == (16 * 15, 4 * 3)

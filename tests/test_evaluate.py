@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,22 @@ def test_the_brushs_own_encoder_is_said(slides: tuple[Path, Path], monkeypatch: 
     assert alone[0].endswith("give another --encoder beside it")
     assert both[0].startswith("encoder statistics is the one")
     assert len(alone) == len(both) == len(sides.notes) == 1  # the sides' own note is of the pair
+
+
+def test_an_encoder_that_is_missing_is_said_where_there_is_control(slides: tuple[Path, Path]) -> None:
+    sides = open_sides(slides[:1], slides[1:])
+    sides.brushes.append({"encoder": "theirs", "encoder_fingerprint": "other"})
+    line = "the brush was conditioned on theirs, which is not among the encoders: control is of others only"
+    for pairs in (sides.pairs, []):
+        notes = evaluate_slides(replace(sides, pairs=pairs), encoders=[TileStatistics()], most=32)["notes"]
+        assert (line in notes) == bool(pairs)
+        assert any("tiles are where each side has tissue" in note for note in notes) != bool(pairs)
+
+
+def test_texture_is_read_where_both_sides_lose_alike(slides: tuple[Path, Path]) -> None:
+    sides = open_sides([open_slide(slides[0], force_mpp=0.5044)], slides[1:])
+    figures = evaluate_slides(sides, encoders=[TileStatistics()], most=32)
+    assert figures["texture"]["mpp"] == pytest.approx(2**0.5 * 0.5044)
 
 
 def test_what_only_one_side_shows_is_left_out(slides: tuple[Path, Path], tmp_path: Path) -> None:

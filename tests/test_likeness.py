@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import TileStatistics, write_pyramid
 from numpy.typing import NDArray
 
+from wsi_brush import likeness
 from wsi_brush.control import Descriptor
 from wsi_brush.distances import frechet, overlap
 from wsi_brush.errors import SlideError
@@ -63,6 +65,30 @@ class TestDistribution:
         assert (more["real"], more["n"]) == (alone["real"], alone["n"])
         for name in ("kernel", "recall", "coverage"):
             assert more[name]["floor"] == alone[name]["floor"]
+
+    def test_more_paintings_of_one_place_are_one_witness(
+        self, full: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = sides_of(tmp_path, full, full)
+        real, painting = (field.slide.path for field in (*one.real, *one.synthetic))
+        paintings = [painting, *(shutil.copy(painting, tmp_path / name) for name in ("second.tif", "third.tif"))]
+        monkeypatch.setattr(likeness, "_WINDOWS", (128,))
+        seen: list[set[int]] = []
+
+        def noted(names: Any, figure: Any, samples: Any, **more: Any) -> dict[Any, dict[str, Any]]:
+            seen.append(set(samples["value"][1].groups))
+            return measured(names, figure, samples, **more)
+
+        monkeypatch.setattr(likeness, "measured", noted)
+        for sides in (one, open_sides([real] * 3, paintings)):
+            seen.clear()
+            figures(sides)
+            assert [len(groups) for groups in seen] == [8] * 3  # distances, kernels, neighbourhoods
+            seen.clear()
+            found = texture(sides, PLAIN, mpp=0.5, most=9999, seed=0)
+            assert found["synthetic"] == 64 * len(sides.synthetic)
+            assert max(len(groups) for groups in seen) == 64
+        assert texture(one, PLAIN, mpp=0.5, most=320, seed=0)["real"] == 10
 
     def test_a_thumbnail_that_shows_all_of_a_slide_is_the_slide(
         self, pixels: NDArray[np.uint8], tmp_path: Path

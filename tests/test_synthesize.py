@@ -23,7 +23,7 @@ from conftest import TileStatistics, make_brush, write_aperio
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsi_brush import commit, paint
+from wsi_brush import commit, estimate, paint
 from wsi_brush.brush import Brush
 from wsi_brush.diffusion import Solver
 from wsi_brush.embed import embed_region, slide_fingerprint
@@ -32,7 +32,7 @@ from wsi_brush.errors import MachineError, RefusedError, UsageError
 from wsi_brush.estimate import encoder_seconds, painting_seconds
 from wsi_brush.grid import Grid
 from wsi_brush.paint import paint_canvas
-from wsi_brush.pair import MARK, compare
+from wsi_brush.pair import COMPARED, MARK, compare
 from wsi_brush.slide import Slide, open_slide
 from wsi_brush.stages import Painting, budget, evaluated_pixels, guidance_at, stages, wants_before
 from wsi_brush.synthesize import as_pixels, choose_canvas, synthesize_slide
@@ -268,6 +268,18 @@ class TestPaint:
 
         monkeypatch.setattr(time, "perf_counter", lambda: now[0])
         assert encoder_seconds(Slow(), 1000.0, batch=8) == 500.0
+
+    def test_a_comparison_takes_as_long_as_the_tiles_that_it_is_of(
+        self, brush: Brush, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(estimate, "encoder_seconds", lambda encoder, tiles: tiles)
+        side = round(brush.about["tile"] * max(brush.pitches))  # pixels of 1 µm: a tile of the coarsest pitch
+        every = [(16 * max(brush.pitches) / mpp) ** 2 for mpp in brush.pitches]
+        small, large = (
+            estimate.embedding_seconds(ENCODER, brush, Grid(1.0, 0, 0, side * k, side * k)) for k in (1, 16)
+        )
+        assert large == sum(every) + 2 * COMPARED * len(every)
+        assert small < 3 * sum(every) / 256 + 1e-6
 
 
 class TestSlide:

@@ -8,6 +8,7 @@ those of the blocks of 8 pixels of a slide that was stored as JPEG.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,17 @@ def gradients(sides: Sides, *, seed: int) -> list[dict[str, Any]]:
     Pixels are as they are: a codec has blocks of its own, 8 pixels wide, on just these lines. `squares`: how many hold
     tissue; of those, as many as `n` says were drawn and lie on the lines.
     """
+
+    @cache
+    def real(number: int, mpp: float) -> dict[int, Rows]:
+        field = sides.real[number]
+        return _searched(field, mpp, seed)[0] if shows(field, mpp) else {}
+
     found = []
     for pair in _followed(sides):
-        one, other = sides.synthetic[pair.synthetic], sides.real[pair.real]
-        mpp = one.slide.mpp
-        ours, count = _searched(one, mpp, seed)
-        theirs = _searched(other, mpp, seed)[0] if shows(other, mpp) else {}
+        one = sides.synthetic[pair.synthetic]
+        ours, count = _searched(one, one.slide.mpp, seed)
+        theirs = real(pair.real, one.slide.mpp)
         for period, _ in LATTICES:
             if min(one.area.shape) >= 2 * period:
                 here = ours.get(period)
@@ -68,7 +74,7 @@ def _searched(field: Field, mpp: float, seed: int) -> tuple[dict[int, Rows], int
     those with tissue that were drawn from all over the field; and how many have tissue. Nothing of a lattice for which
     the field is too small, or on whose lines no square lies."""
     top, left = (round(edge / mpp) for edge in field.area.extent[:2])
-    area = Grid(mpp, top, left, *(int(length * field.slide.mpp / mpp + 1e-6) for length in field.area.shape))
+    area = Grid(mpp, top, left, *field.area.whole_cells(mpp).shape)
     cells = Grid(mpp * _PART, 0, 0, *(-(-length // _PART) for length in area.shape))
     cover = Tissue(field.tissue, Grid(PITCH, 0, 0, *field.tissue.shape)).cover(cells)
     places = np.argwhere(cover >= COVER)

@@ -236,19 +236,14 @@ def texture(
     A distance is the larger the fewer windows it is of, so those are between halves and at equal numbers, as those of
     tiles are; ratios are of all windows.
     """
-    both, window, windows = (sides.real, sides.synthetic), 0, list[_Windows]()
-    real, synthetic = list[Spot](), list[Spot]()
-    for window in _WINDOWS:  # the largest that fit
-        count = max(most // _PART, _FEWEST) * (_WINDOWS[0] // window) ** 2
-        real, synthetic = sides.spots(mpp, window, stride=1.0, most=count, seed=seed)
-        if min(len(real), len(synthetic)) >= _FEWEST:
-            break
-    else:
+    window, (real, synthetic) = _largest_windows(sides, mpp, most, seed)
+    if min(len(real), len(synthetic)) < _FEWEST:
         return {"missing": f"fewer than {_FEWEST} windows of {window} pixels with tissue at {mpp:g} µm"}
     told, threshold = Told(tell, "looking at texture", len(real) + len(synthetic)), math.nan
     # a window is as large as a block of tiles at the same pitch, and shares no pixel with another
     groups = blocks(sides.real, real, wide=1), sides.groups(synthetic, wide=1)
-    for fields, spots, group in zip(both, (real, synthetic), groups, strict=True):
+    windows: list[_Windows] = []
+    for fields, spots, group in zip((sides.real, sides.synthetic), (real, synthetic), groups, strict=True):
         pixels = np.concatenate(list(read_spots(fields, spots, codec)))
         if mpp <= _SHARP and not windows:
             threshold = nuclear_threshold(list(pixels), mpp)
@@ -267,6 +262,16 @@ def texture(
         | {"mean": [one.stain.mean((0, 1), dtype=np.float64).round(4).tolist() for one in windows]},
         "nuclei": _nuclei(windows, said, seed) if mpp <= _SHARP else {"missing": f"not to be seen at {mpp:g} µm"},
     }  # fmt: skip
+
+
+def _largest_windows(sides: Sides, mpp: float, most: int, seed: int) -> tuple[int, tuple[list[Spot], list[Spot]]]:
+    """Side of the largest windows of which both sides have some, or of the smallest, and where they are."""
+    for window in _WINDOWS:
+        count = max(most // _PART, _FEWEST) * (_WINDOWS[0] // window) ** 2
+        both = sides.spots(mpp, window, stride=1.0, most=count, seed=seed)
+        if min(map(len, both)) >= _FEWEST:
+            break
+    return window, both
 
 
 def _looked_at(

@@ -55,7 +55,7 @@ def _pictures(sides: Sides, pair: Pair) -> dict[str, Any]:
     zooms = [[_view(one, area, "the whole, ") for one, area in zip((real, synthetic), wholes, strict=True)]]
     for mpp, side in _ZOOMS:
         mpp = max(mpp, real.slide.mpp, synthetic.slide.mpp)
-        held = [int(length * one.slide.mpp / mpp + 1e-6) for one in (real, synthetic) for length in one.area.shape]
+        held = [*real.area.whole_cells(mpp).shape, *synthetic.area.whole_cells(mpp).shape]
         zooms.append([_view(one, _middle(one, mpp, min(side, *held))) for one in (real, synthetic)])
     return {"title": title, "zooms": zooms}
 

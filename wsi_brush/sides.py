@@ -17,8 +17,6 @@ from .progress import Tell, Told
 from .samples import Field, Spot, blocks, drawn, field_of, halves, slide_halves, spots_of
 from .slide import Slide, open_slide
 
-_EXACT = 1e-3  # of a pixel
-
 
 def painted_after(path: Path) -> dict[str, Any] | None:
     """What a painting of ours says of itself, or None."""
@@ -86,13 +84,8 @@ class Sides:
 
     def painted(self, pair: Pair, grid: Grid) -> Spot | None:
         """Where a real square is in the painting that follows it; None where it is not whole in there."""
-        here, area = pair.here(grid), self.synthetic[pair.synthetic].area
-        top, left, bottom, right = (
-            edge * area.mpp / grid.mpp for edge in (area.top, area.left, area.bottom, area.right)
-        )
-        whole = top <= here.top + _EXACT and left <= here.left + _EXACT
-        whole = whole and here.bottom <= bottom + _EXACT and here.right <= right + _EXACT
-        return Spot(pair.synthetic, here) if whole else None
+        here, inside = pair.here(grid), self.synthetic[pair.synthetic].area.whole_cells(grid.mpp)
+        return Spot(pair.synthetic, here) if here.clip(inside) == here else None
 
     def followed(self, spots: Sequence[Spot]) -> list[Spot]:
         """The real squares at the places of synthetic ones, where all are paired."""
@@ -160,17 +153,7 @@ def open_sides(
     matched = _matched(slides[0], slides[1], about, sides.notes, by_order=by_order)
     again = [path.name for path, count in Counter(slide.path.resolve() for slide in slides[1]).items() if count > 1]
     sides.notes += [f"{name}: given more than once, and counted as often" for name in again]
-    followed = {slides[0][found[0]].path for found in matched if found is not None}
-    strangers = {slide.path: slide for slide in slides[0] if slide.path not in followed}
-    if strangers and None not in matched:
-        names = ", ".join(path.name for path in strangers)
-        sides.notes.append(f"{names}: left out, as nothing was painted after it")
-        strangers = {}
-    regions: dict[tuple[Path, Grid], Slide] = {}
-    for number, slide in enumerate(slides[0]):
-        places = [found[1] for found in matched if found is not None and found[0] == number]
-        places += [slide.grid] if slide.path in strangers else []
-        regions |= {(slide.path, place): slide for place in places}
+    regions = _regions(slides[0], matched, sides.notes)
     order, told = list(regions), Told(tell, "looking for tissue", len(regions) + len(slides[1]))
     for (_, area), slide in regions.items():
         sides.real.append(field_of(slide, None if area == slide.grid else area))
@@ -222,6 +205,25 @@ def _matched(
         first, more = ordered[0], f", and {len(ordered) - 1} more" if len(ordered) > 1 else ""
         notes.append(f"paired by their order: {real[first].path.name} with {synthetic[first].path.name}{more}")
     return found
+
+
+def _regions(
+    real: list[Slide], matched: list[tuple[int, Grid] | None], notes: list[str]
+) -> dict[tuple[Path, Grid], Slide]:
+    """What is looked at of each real slide, once: the places that paintings follow, or all of it; where all paintings
+    follow some, nothing of the others."""
+    followed = {real[found[0]].path for found in matched if found is not None}
+    strangers = {slide.path for slide in real if slide.path not in followed}
+    if strangers and None not in matched:
+        names = ", ".join(dict.fromkeys(slide.path.name for slide in real if slide.path in strangers))
+        notes.append(f"{names}: left out, as nothing was painted after it")
+        strangers = set()
+    regions: dict[tuple[Path, Grid], Slide] = {}
+    for number, slide in enumerate(real):
+        places = [found[1] for found in matched if found is not None and found[0] == number]
+        places += [slide.grid] if slide.path in strangers else []
+        regions |= {(slide.path, place): slide for place in places}
+    return regions
 
 
 def _unlike(real: Slide, made: dict[str, Any] | None) -> str:
