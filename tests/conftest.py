@@ -338,6 +338,14 @@ def tiny_brush(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def two_workers_of_dask() -> Any:
+    """A cluster of two processes here, to be used with `with`. Its page takes any free port: tests run side by side."""
+    from distributed import LocalCluster
+
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "memory_limit": 0}
+    return LocalCluster(**options, host="127.0.0.1", dashboard_address="127.0.0.1:0")  # type: ignore[no-untyped-call]
+
+
 @pytest.fixture
 def words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """The command line, in this process: its exit code and what it said."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import TileStatistics, make_brush
+from conftest import TileStatistics, make_brush, two_workers_of_dask
 from distributed import Client, LocalCluster
 
 from wsi_brush import cluster
@@ -36,9 +36,7 @@ def brush() -> Brush:
 
 @pytest.fixture
 def two_workers() -> Iterator[LocalCluster]:
-    with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0
-    ) as made:  # type: ignore[no-untyped-call]
+    with two_workers_of_dask() as made:
         yield made
 
 

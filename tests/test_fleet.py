@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from conftest import two_workers_of_dask
+from distributed import Client
 from test_cohort import draw, log, stores, table
 from test_embed import ColourEncoder
 from test_embed import draw as draw_outlines
@@ -191,12 +192,7 @@ def test_what_is_wrong_with_all_is_said_before_a_process_begins(slides: Path, en
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0
-        ) as made,  # type: ignore[no-untyped-call]
-        cluster.connect(made.scheduler_address) as found,
-    ):
+    with two_workers_of_dask() as made, cluster.connect(made.scheduler_address) as found:
         yield found
 
 

@@ -48,7 +48,7 @@ def main() -> None:
         if address is None:
             address = stack.enter_context(
                 LocalCluster(
-                    n_workers=arguments.workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+                    n_workers=arguments.workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
                 )
             ).scheduler_address
         client = stack.enter_context(connect(address))
