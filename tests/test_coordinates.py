@@ -116,6 +116,25 @@ def test_a_pack_is_whole_and_says_what_it_is(built: Path, tissue_slide: Path) ->
     np.testing.assert_array_equal(TrainingPack(built).slides[0].tissue, cover > 0.5)
 
 
+def test_a_slide_is_followed_by_itself_in_other_stains(tissue_slide: Path, built: Path, tmp_path: Path) -> None:
+    build_pack([open_slide(tissue_slide)] * 2, tmp_path / "pack", encoder=Colours(), stains=2)
+    pack, plain = TrainingPack(tmp_path / "pack"), TrainingPack(built)
+    assert (pack.about["slides"], pack.about["stains"]) == (6, 2)
+    assert "stains" not in plain.about
+    images = [np.asarray(part[...]) for part in pack.images[1.0].parts]
+    for number in (0, 3):
+        np.testing.assert_array_equal(images[number], plain.images[1.0].parts[0][...])
+    different = [np.abs(images[0].astype(int) - image).mean() for image in images[1:]]
+    assert min(different[:2] + different[3:]) > 2, "another stain, and not the same for two slides"
+    assert len({image.tobytes() for image in images}) == 5
+    for number in range(6):
+        np.testing.assert_array_equal(pack.slides[number].tissue, plain.slides[0].tissue)
+        values = pack.slides[number].embeddings[0.5]
+        row, column = np.argwhere(np.isfinite(values[..., 0]))[0]
+        tile = np.asarray(pack.images[0.5].parts[number][...])[row * TILE :, column * TILE :][:TILE, :TILE]
+        np.testing.assert_allclose(values[row, column], Colours()(tile[None])[0], atol=4e-3)
+
+
 def test_a_pack_reads_the_same_from_memory_and_from_disk(built: Path) -> None:
     here, there = TrainingPack(built, in_memory=True), TrainingPack(built)
     options: dict[str, Any] = {"shares": (1, 1, 1, 1, 0), "sizes": (128, 128, 128, 64, 32), "window": 32, "points": 20}

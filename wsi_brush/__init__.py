@@ -13,6 +13,7 @@ The modules, in the order of the data; a module imports only what stands above i
     scratch       what a painting holds while it is painted, in memory or on disk
     grid          Grid: a rectangle of pixels on the plane, in µm
     slide         Slide, open_slide: a colour at every point
+    stains        the same slide as another laboratory would have stained it
     probe         what a slide's header says, found out in another process
     tiles         the tiles of a lattice, read in windows and handed out in batches
     reading       Readers: processes that read tiles ahead, so that damage costs a tile

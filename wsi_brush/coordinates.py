@@ -32,6 +32,7 @@ from .labels import Labels
 from .machine import undisturbed
 from .scenes import Images, Scenes
 from .slide import Slide
+from .stains import draw_stain, in_stain
 from .tissue import PITCH, Tissue, find_tissue
 
 KIND = "training pack"
@@ -59,45 +60,50 @@ def build_pack(
     labels: Sequence[str] = (),
     everywhere: bool = False,
     until: float = TRAIN_UNTIL,
+    stains: int = 0,
 ) -> None:
     """Decode and embed slides into a training pack; needs about 4 bytes a pixel at the finest pitch.
 
     `sources`: what the pack remembers of where the slides came from, so that it is known again. `labels`: that of each
     slide, where `encoder` is `Labels`. `everywhere`: all of a slide is taken for tissue. `until`: part of a slide's
-    width that is trained on.
+    width that is trained on. `stains`: after each slide it follows so many times more, each time in another stain.
 
     Raises:
         SlideError: if a slide cannot be read.
         RefusedError, MachineError: as `commit.staged`.
     """
     about: dict[str, Any] = {"encoder": encoder.name, "fingerprint": encoder.fingerprint, "dim": encoder.dim}
-    about |= {"tile": encoder.tile, "pitches": list(pitches), "until": until, "slides": len(slides)}
+    about |= {"tile": encoder.tile, "pitches": list(pitches), "until": until, "slides": (1 + stains) * len(slides)}
     about |= {"sources": list(sources), "encoder_terms": terms_of(encoder)}
     about |= {"labels": list(encoder.names)} if isinstance(encoder, Labels) else {}
     about |= {"everywhere": True} if everywhere else {}
+    about |= {"stains": stains} if stains else {}
     with staged(target, kind=KIND, about=about, overwrite=overwrite) as stage:
         root = zarr.open_group(stage / "slides", mode="w-", zarr_format=3)
         moments = _Moments(encoder.dim, len(pitches))
         for number, slide in enumerate(slides):
-            group = root.create_group(str(number))
             tissue = Tissue.everywhere(slide.grid.at(PITCH)) if everywhere else find_tissue(slide)
             finest = _finest(slide, pitches)
-            level = np.concatenate([slide.read(strip) for strip in _strips(finest)])
-            for depth, pitch in enumerate(pitches):
-                if depth:
-                    coarse = _halved(level)
-                    moments.add_detail(depth - 1, level[:, : int(until * level.shape[1])])
-                    level = coarse
-                _keep(group, f"image/{pitch:g}", level)
-            if isinstance(encoder, Labels):
-                maps = encoder.maps(labels[number], finest)
-            else:
-                maps = embed_region(slide, finest, encoder=encoder, tissue=tissue)
-            for mpp, found in maps.items():
-                _keep(group, f"embedding/{mpp:g}", found.values)
-                moments.add_embeddings(mpp, found.values)
-            cover = tissue.cover(Grid(pitches[-1], 0, 0, level.shape[0], level.shape[1]))
-            _keep(group, "tissue", (cover > 0.5).astype(np.uint8))
+            generator = np.random.default_rng(number)
+            for copy in range(1 + stains):
+                seen = in_stain(slide, draw_stain(generator)) if copy else slide
+                group = root.create_group(str(number * (1 + stains) + copy))
+                level = np.concatenate([seen.read(strip) for strip in _strips(finest)])
+                for depth, pitch in enumerate(pitches):
+                    if depth:
+                        coarse = _halved(level)
+                        moments.add_detail(depth - 1, level[:, : int(until * level.shape[1])])
+                        level = coarse
+                    _keep(group, f"image/{pitch:g}", level)
+                if isinstance(encoder, Labels):
+                    maps = encoder.maps(labels[number], finest)
+                else:
+                    maps = embed_region(seen, finest, encoder=encoder, tissue=tissue)
+                for mpp, found in maps.items():
+                    _keep(group, f"embedding/{mpp:g}", found.values)
+                    moments.add_embeddings(mpp, found.values)
+                cover = tissue.cover(Grid(pitches[-1], 0, 0, level.shape[0], level.shape[1]))
+                _keep(group, "tissue", (cover > 0.5).astype(np.uint8))
         about["details"] = moments.details()
         about["embeddings"] = moments.embeddings()
 

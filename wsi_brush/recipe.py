@@ -78,13 +78,14 @@ class SlideSource(_Strict):
 class Data(_Strict):
     """What is trained on."""
 
-    later = frozenset({"tissue", "until", "symmetries"})
+    later = frozenset({"tissue", "until", "symmetries", "stains"})
     slides: list[SlideSource] = Field(min_length=1)
     encoder: str = "bundled"  # or "labels": the slides' labels are the condition
     in_memory: bool = True  # images; of the device, where that is a GPU
     tissue: Literal["found", "everywhere"] | None = None  # everywhere: for pictures that are no H&E, as of labels
     until: float = Field(default=TRAIN_UNTIL, gt=0, le=1)  # part of a slide's width; what lies right of it is held out
     symmetries: Symmetries = "square"  # what scenes are turned by
+    stains: int = Field(default=0, ge=0, le=100)  # how many times more each slide is there, in another stain
     shares: tuple[Annotated[float, Field(ge=0)], ...] = (0.42, 0.2, 0.15, 0.12, 0.11)  # of 0.5, 1, 2, 4, 8 µm
     sizes: tuple[Count, ...] = (256, 256, 256, 256, 128)  # of a scene, pixels
     window: Count = 128
@@ -192,6 +193,7 @@ _Real = Annotated[float, Field(allow_inf_nan=True)]
 class Optimisation(_Strict):
     """How it is trained. It ends after `steps`, or `minutes` if they are over first; the rate falls to zero by then."""
 
+    later = frozenset({"compiled"})
     steps: int = Field(default=100_000, gt=0)
     minutes: float = Field(default=math.inf, gt=0, allow_inf_nan=True)
     batch: Count = 8  # scenes of a shard
@@ -212,6 +214,7 @@ class Optimisation(_Strict):
     seed: int = Field(default=0, ge=0, le=10**12)
     start: str | None = None  # a brush to start from, instead of from nothing: "bundled" or a folder
     precision: Precision = "float32"  # of products
+    compiled: bool = False  # operators on windows become kernels of this machine (`torch.compile`) in a minute or two
     threads: int = Field(default=0, ge=0, le=1024)  # 0: as many as PyTorch takes
     checkpoint_minutes: float = Field(default=3.0, ge=0, allow_inf_nan=True)  # inf: only at the end
 

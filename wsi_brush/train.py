@@ -35,6 +35,7 @@ from .field import mollifier_radius
 from .labels import LABELS, Labels
 from .machine import check_precision, find_device, name_of, products
 from .objective import losses
+from .operators import compile_blocks
 from .optimiser import optimisers
 from .recipe import Data, Model, Rival, TrainConfig
 from .scenes import Scenes
@@ -44,6 +45,7 @@ from .zoo import terms_line
 
 Tell = Callable[[str], None]
 CPU = torch.device("cpu")
+_OF_A_PACK = {"everywhere": False, "until": TRAIN_UNTIL, "stains": 0}  # and what one says that does not say it
 _SOMETIMES = ("labels", "everywhere", "encoder_terms")  # what only some packs say, and older ones do not
 
 
@@ -116,7 +118,7 @@ def _pack(
     if opened is not None:
         tell(f"decoding and embedding {len(opened)} slides into {path}")
         work.mkdir(parents=True, exist_ok=True)
-        options = {"labels": labels, "everywhere": data.everywhere, "until": data.until}
+        options = {"labels": labels, "everywhere": data.everywhere, "until": data.until, "stains": data.stains}
         build_pack(opened, path, encoder=encoder, sources=sources, **options)  # type: ignore[arg-type]
     kept = data.in_memory and device.type != "cpu"
     return TrainingPack(path, in_memory=data.in_memory, device=device if kept else None)
@@ -138,8 +140,10 @@ def _inputs(
         check_room(opened, shares=data.shares, sizes=data.sizes, until=data.until)
     elif found.get("kind") != PACK or found["fingerprint"] != encoder.fingerprint or found.get("sources") != sources:
         raise RefusedError(f"{path}: made with another encoder or other slides; remove it or choose another --work")
-    elif (found.get("everywhere", False), found.get("until", TRAIN_UNTIL)) != (data.everywhere, data.until):
-        raise RefusedError(f"{path}: made with another `tissue` or `until`; remove it or choose another --work")
+    elif any(found.get(name, usual) != getattr(data, name) for name, usual in _OF_A_PACK.items()):
+        raise RefusedError(
+            f"{path}: made with another `tissue`, `until` or `stains`; remove it or choose another --work"
+        )
     return sources, labels, encoder, opened
 
 
@@ -193,6 +197,8 @@ class Training:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
         self.denoiser = _begun(config, pack.about["dim"]).to(device)
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False)
+        if o.compiled:
+            compile_blocks(self.denoiser)
         self.optimisers = optimisers(self.denoiser, rate=o.rate, decay=o.decay)
         pitches, details = (tuple(pack.about[name]) for name in ("pitches", "details"))
         self.ladder = Ladder(pitches, details, o.tolerance, sigma_min=o.sigma_min, retained=o.retained)
