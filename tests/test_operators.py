@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeVar
 
 import numpy as np
@@ -24,7 +23,6 @@ from wsi_brush.operators import (
     TokenSet,
     _sum_outer,
     attend,
-    compile_blocks,
     through,
 )
 
@@ -345,27 +343,3 @@ def test_operators_in_bands_say_what_they_say_at_once(band: int, monkeypatch: py
         expected = work()
         with torch.inference_mode():
             close(work(), expected)
-
-
-# -- compiled ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # a word of torch to itself
-def test_a_compiled_block_says_the_same_and_has_the_same_gradients() -> None:
-    plain = randomised(nn.ModuleList(Block(6, signal=4) for _ in range(2))).requires_grad_(True)
-    compiled = copy.deepcopy(plain)
-    compile_blocks(compiled, backend="aot_eager", fullgraph=True)  # traced and differentiated, but no kernels are built
-    signal, scattered = torch.randn(2, 4), masked(0.6, n=2)
-    for shape in ((2, 5, 7, 6), (2, 2, 2, 6)):
-        u = torch.randn(shape)
-        said = [through(blocks, u, signal) for blocks in (plain, compiled)]
-        close(*said)
-        one, two = (
-            torch.autograd.grad(out.square().sum(), list(m.parameters()))
-            for out, m in zip(said, (plain, compiled), strict=True)
-        )
-        for mine, its in zip(one, two, strict=True):
-            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
-    points = torch.randn(len(scattered.levels[0].keys), 6)
-    close(*(through(blocks, points, signal, scattered.levels[0]) for blocks in (plain, compiled)))
-    assert list(compiled.state_dict()) == list(plain.state_dict())

@@ -85,16 +85,10 @@ def build_pack(
             tissue = Tissue.everywhere(slide.grid.at(PITCH)) if everywhere else find_tissue(slide)
             finest = _finest(slide, pitches)
             generator = np.random.default_rng(number)
-            for copy in range(1 + stains):
-                seen = in_stain(slide, draw_stain(generator)) if copy else slide
-                group = root.create_group(str(number * (1 + stains) + copy))
-                level = np.concatenate([seen.read(strip) for strip in _strips(finest)])
-                for depth, pitch in enumerate(pitches):
-                    if depth:
-                        coarse = _halved(level)
-                        moments.add_detail(depth - 1, level[:, : int(until * level.shape[1])])
-                        level = coarse
-                    _keep(group, f"image/{pitch:g}", level)
+            others = [in_stain(slide, draw_stain(generator)) for _ in range(stains)]
+            for copy, seen in enumerate([slide, *others], number * (1 + stains)):
+                group = root.create_group(str(copy))
+                height, width = _keep_levels(group, seen, finest, pitches, moments, until)
                 if isinstance(encoder, Labels):
                     maps = encoder.maps(labels[number], finest)
                 else:
@@ -102,7 +96,7 @@ def build_pack(
                 for mpp, found in maps.items():
                     _keep(group, f"embedding/{mpp:g}", found.values)
                     moments.add_embeddings(mpp, found.values)
-                cover = tissue.cover(Grid(pitches[-1], 0, 0, level.shape[0], level.shape[1]))
+                cover = tissue.cover(Grid(pitches[-1], 0, 0, height, width))
                 _keep(group, "tissue", (cover > 0.5).astype(np.uint8))
         about["details"] = moments.details()
         about["embeddings"] = moments.embeddings()
@@ -149,6 +143,20 @@ def _halved(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     h, w, c = image.shape
     means = np.rint(image.reshape(h // 2, 2, w // 2, 2, c).mean((1, 3), dtype=np.float32))
     return np.asarray(means, np.uint8)
+
+
+def _keep_levels(
+    group: zarr.Group, slide: Slide, finest: Grid, pitches: Sequence[float], moments: _Moments, until: float
+) -> tuple[int, int]:
+    """Every pitch of a slide's image; height and width of the coarsest."""
+    level = np.concatenate([slide.read(strip) for strip in _strips(finest)])
+    _keep(group, f"image/{pitches[0]:g}", level)
+    for depth, pitch in enumerate(pitches[1:]):
+        moments.add_detail(depth, level[:, : int(until * level.shape[1])])
+        level = _halved(level)
+        _keep(group, f"image/{pitch:g}", level)
+    height, width = level.shape[:2]
+    return height, width
 
 
 def _keep(group: zarr.Group, name: str, values: NDArray[Any]) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -111,9 +111,6 @@ class KernelIntegral(nn.Module):
             near = rows_of(u, cells.neighbours.clamp_min(0)) * present[..., None]
             total = (near * self.kernel.flatten(1).T).sum(1)
             return total * (9.0 / present.sum(1, keepdim=True)) + self.bias
-        if torch.compiler.is_compiling():  # nine shifts and what follows them become one kernel
-            total = _nine(u, self.kernel)
-            return torch.addcmul(self.bias, total, _border(u))
         planes = u.permute(0, 3, 1, 2)
         if u.device.type == "cuda" and not torch.is_grad_enabled():
             planes = planes.contiguous()  # of features side by side cuDNN, in float32, makes a hundred times as long
@@ -130,19 +127,6 @@ class KernelIntegral(nn.Module):
         for edge in (*edges, total[:, :, :: u.shape[2] - 1]):  # the first column and the last
             torch.lerp(self.bias, edge, 1.5, out=edge)
         return total
-
-
-def _nine(u: Tensor, kernel: Tensor) -> Tensor:
-    """The depthwise sum over a lattice, (n, rows, columns, c), as sums of shifts; zeros beyond its edges."""
-    rows, columns = u.shape[1:3]
-    wide = functional.pad(u, (0, 0, REACH, REACH, REACH, REACH))
-    taps = kernel.flatten(1).T
-    return torch.as_tensor(
-        sum(
-            wide[:, REACH + row : REACH + row + rows, REACH + column : REACH + column + columns] * tap
-            for (row, column), tap in zip(_SLOTS, taps, strict=True)
-        )
-    )
 
 
 def _border(u: Tensor) -> Tensor:
@@ -225,16 +209,7 @@ class Block(nn.Module):
 
     def forward(self, u: Tensor, signal: Tensor, cells: Cells | None = None) -> Tensor:
         """`signal`: (n, signal), one row a scene. Operator by operator, each over all points."""
-        if cells is None:
-            return self.on_lattice(u, signal)
-        return self._changed(u, rows_of(self.modulate(signal), cells.scene), cells)
-
-    def on_lattice(self, u: Tensor, signal: Tensor) -> Tensor:
-        """The same on a lattice; this is what `compile_blocks` compiles."""
-        return self._changed(u, self.modulate(signal)[:, None, None, :])
-
-    def _changed(self, u: Tensor, modulation: Tensor, cells: Cells | None = None) -> Tensor:
-        scale, shift = modulation.chunk(2, -1)
+        scale, shift = _spread(self.modulate(signal), cells).chunk(2, -1)
         h = functional.layer_norm(self.kernel(u, cells), u.shape[-1:])
         h = functional.gelu(self.widen(torch.addcmul(shift, h, 1 + scale)))
         change: Tensor = self.narrow(h)
@@ -261,14 +236,6 @@ class Block(nn.Module):
             here = u[:, top:bottom]
             here.copy_(torch.addmm((here + self.narrow.bias).view(-1, channels), h, narrow).view_as(here))
         return u
-
-
-def compile_blocks(network: nn.Module, **options: Any) -> None:
-    """Have every `Block` compiled for the lattices it is given, at its first call on each; scatters, which are another
-    shape at every step, stay as they are. `options` are those of `torch.compile`."""
-    for module in network.modules():
-        if isinstance(module, Block):
-            module.on_lattice = torch.compile(module.on_lattice, dynamic=False, **options)  # type: ignore[method-assign]
 
 
 def through(blocks: Iterable[nn.Module], u: Tensor, signal: Tensor, cells: Cells | None = None) -> Tensor:
@@ -306,6 +273,10 @@ def by_bands(
 
 def _banded(u: Tensor) -> bool:
     return not torch.is_grad_enabled() and u.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def _spread(signal: Tensor, cells: Cells | None) -> Tensor:
+    return signal[:, None, None, :] if cells is None else rows_of(signal, cells.scene)
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:

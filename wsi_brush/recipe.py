@@ -193,7 +193,6 @@ _Real = Annotated[float, Field(allow_inf_nan=True)]
 class Optimisation(_Strict):
     """How it is trained. It ends after `steps`, or `minutes` if they are over first; the rate falls to zero by then."""
 
-    later = frozenset({"compiled"})
     steps: int = Field(default=100_000, gt=0)
     minutes: float = Field(default=math.inf, gt=0, allow_inf_nan=True)
     batch: Count = 8  # scenes of a shard
@@ -214,7 +213,6 @@ class Optimisation(_Strict):
     seed: int = Field(default=0, ge=0, le=10**12)
     start: str | None = None  # a brush to start from, instead of from nothing: "bundled" or a folder
     precision: Precision = "float32"  # of products
-    compiled: bool = False  # operators on windows become kernels of this machine (`torch.compile`) in a minute or two
     threads: int = Field(default=0, ge=0, le=1024)  # 0: as many as PyTorch takes
     checkpoint_minutes: float = Field(default=3.0, ge=0, allow_inf_nan=True)  # inf: only at the end
 

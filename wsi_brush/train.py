@@ -35,7 +35,6 @@ from .field import mollifier_radius
 from .labels import LABELS, Labels
 from .machine import check_precision, find_device, name_of, products
 from .objective import losses
-from .operators import compile_blocks
 from .optimiser import optimisers
 from .recipe import Data, Model, Rival, TrainConfig
 from .scenes import Scenes
@@ -197,8 +196,6 @@ class Training:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
         self.denoiser = _begun(config, pack.about["dim"]).to(device)
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False)
-        if o.compiled:
-            compile_blocks(self.denoiser)
         self.optimisers = optimisers(self.denoiser, rate=o.rate, decay=o.decay)
         pitches, details = (tuple(pack.about[name]) for name in ("pitches", "details"))
         self.ladder = Ladder(pitches, details, o.tolerance, sigma_min=o.sigma_min, retained=o.retained)
