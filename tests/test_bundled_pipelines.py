@@ -82,9 +82,9 @@ def test_the_held_out_square_has_tissue_and_nothing_that_was_trained_on(
 
 def test_every_setting_has_its_row(swept: dict[str, Any], asked: argparse.Namespace) -> None:
     steps, seeds, two = tables(asked.work)
-    assert [(row["steps"], row["guidance"], row["seed"]) for row in steps] == [("2", "1.5", "0"), ("20", "1.5", "0")]
-    assert [(row["steps"], row["guidance"], row["seed"]) for row in seeds] == [("20", "1.5", "0"), ("20", "1.5", "1")]
-    assert [row["guidance"] for row in two] == ["1.5", "real, a tile apart", "real, elsewhere in the square"]
+    assert [(row["steps"], row["guidance"], row["seed"]) for row in steps] == [("2", "1", "0"), ("20", "1", "0")]
+    assert [(row["steps"], row["guidance"], row["seed"]) for row in seeds] == [("20", "1", "0"), ("20", "1", "1")]
+    assert [row["guidance"] for row in two] == ["1", "real, a tile apart", "real, elsewhere in the square"]
     for row in steps:
         setting = next(one for one in swept["settings"] if (str(one["steps"]), str(one["seed"])) == (row["steps"], "0"))
         mean = setting["figures"]["control"]["bundled"]["cosine"]["0.5"]["mean"]
@@ -105,7 +105,7 @@ def test_what_is_painted_and_judged_stays(
 ) -> None:
     (work,) = (one for one in asked.work.iterdir() if one.is_dir())
     written = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-    lost = work / "steps2-guidance1.5-seed0.json"
+    lost = work / "steps2-guidance1-seed0.json"
     lost.unlink()
     pipelines["sweeps"].main(asked)
     assert {path: path.stat().st_mtime_ns for path in written if path != lost} == {
@@ -122,7 +122,7 @@ def test_a_sweep_shares_the_default_and_has_two_seeds_a_guidance(pipelines: dict
     asked = argparse.Namespace(only=["steps", "guidance"], steps=[50, 5], guidance=[2.0, 3.0])
     found = sweeps.settings(asked)
     assert [one.steps for one in found["steps"]] == [5, 20, 50]
-    assert [(one.guidance, one.seed) for one in found["guidance"]] == [(g, s) for g in (1.5, 2, 3) for s in (0, 1)]
+    assert [(one.guidance, one.seed) for one in found["guidance"]] == [(g, s) for g in (1, 2, 3) for s in (0, 1)]
     assert set(found["steps"]) & set(found["guidance"]) == {sweeps.Setting()}
 
 
@@ -132,7 +132,7 @@ def test_the_key_of_the_sheet_is_true(
     from PIL import Image
 
     blind, side, count = pipelines["blind_sheet"], 64, 8
-    (painting,) = asked.work.glob("*/steps20-guidance1.5-seed0/*.ome.zarr")
+    (painting,) = asked.work.glob("*/steps20-guidance1-seed0/*.ome.zarr")
     sheet = asked.work / "sheet.png"
     given = argparse.Namespace(
         recipe=asked.recipe, slides=asked.slides, paintings=painting.parent, out=sheet, seed=3, crops=count, side=side,
@@ -174,7 +174,7 @@ def test_the_key_of_the_sheet_is_true(
 def test_a_sheet_of_what_was_trained_on_is_refused(
     swept: dict[str, Any], pipelines: dict[str, ModuleType], asked: argparse.Namespace, tmp_path: Path
 ) -> None:
-    (painting,) = asked.work.glob("*/steps20-guidance1.5-seed0/*.ome.zarr")
+    (painting,) = asked.work.glob("*/steps20-guidance1-seed0/*.ome.zarr")
     (tmp_path / "other.toml").write_text(RECIPE.replace("0.4", "0.9"), encoding="utf-8")
     with pytest.raises(UsageError, match=r"tissue\.ome\.zarr: begins at column \d+, and 922 are trained on"):
         pipelines["blind_sheet"].opened(tmp_path / "other.toml", asked.slides, painting.parent)
@@ -189,7 +189,7 @@ def test_a_passage_begins_at_the_one_and_ends_at_the_other(
     """Between the made slide and a painting after its held-out part: two references, one of another size."""
     from PIL import Image
 
-    (painting,) = asked.work.glob("*/steps2-guidance1.5-seed0/*.ome.zarr")
+    (painting,) = asked.work.glob("*/steps2-guidance1-seed0/*.ome.zarr")
     target = asked.work / "between.png"
     given = argparse.Namespace(
         slides=[f"{tissue_slide}@0.5", str(painting)], out=target, brush="bundled", device="cpu", size=256, seed=0,

@@ -62,7 +62,7 @@ def build_pack(
     until: float = TRAIN_UNTIL,
     stains: int = 0,
 ) -> None:
-    """Decode and embed slides into a training pack; needs about 4 bytes a pixel at the finest pitch.
+    """Decode and embed slides into a training pack; needs about 4 bytes a pixel at the finest pitch, of every stain.
 
     `sources`: what the pack remembers of where the slides came from, so that it is known again. `labels`: that of each
     slide, where `encoder` is `Labels`. `everywhere`: all of a slide is taken for tissue. `until`: part of a slide's

@@ -44,7 +44,7 @@ class Painting:
     mpp: float = 0.5
     seed: int = 0
     steps: int = 20
-    guidance: float = 1.5
+    guidance: float = 1.0
     solver: Solver = "2m"
     tile: int = TILE
     progressive: bool = True

@@ -68,7 +68,7 @@ class CanvasDenoiser:
     """
 
     def __init__(
-        self, brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, *, mpp: float, guidance: float = 1.5,
+        self, brush: Brush, maps: Mapping[float, EmbeddingMap], canvas: Grid, *, mpp: float, guidance: float = 1.0,
         tile: int = TILE, folder: Path | None = None, precision: Precision = "float32",
         origin: tuple[float, float] = (0.0, 0.0),
     ) -> None:  # fmt: skip

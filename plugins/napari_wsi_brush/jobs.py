@@ -50,7 +50,7 @@ class Wish:
     mpp: float = 0.5
     seed: int = 0
     steps: int = 20
-    guidance: float = 1.5
+    guidance: float = 1.0
 
     @property
     def painting(self) -> Painting:

@@ -54,7 +54,7 @@ def synthesize(
     ] = 20,
     guidance: Annotated[
         float, typer.Option(help="How strongly the embeddings are followed at high noise; 1: as trained, and faster.")
-    ] = 1.5,
+    ] = 1.0,
     solver: Annotated[
         Literal["2m", "ddim", "heun", "ancestral"], typer.Option(help="How the noise is left behind.")
     ] = "2m",
