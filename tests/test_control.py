@@ -126,6 +126,14 @@ def test_paintings_that_follow_one_region_are_found_among_regions_not_among_them
     assert alone["top1_high"] == found["top1_high"]  # three paintings of a region are no three witnesses
 
 
+def test_smaller_regions_are_more(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    sides = sides_of(tmp_path, pixels, pixels)
+    (large,), (small,) = (retrieval(sides, [Descriptor()], Codec("none"), 1.0, place=place) for place in (512, 384))
+    assert (large["regions"], large["side"]) == (16, 512)
+    assert (small["regions"], small["side"]) == (25, 384)
+    assert small["top1"] == 1
+
+
 def test_of_two_regions_that_are_alike_neither_is_found(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     twice = np.concatenate([pixels[:512], pixels[:512]])
     (found,) = retrieval(sides_of(tmp_path, twice, twice), [Descriptor()], Codec("none"), 1.0)

@@ -20,7 +20,8 @@ from .samples import Codec, Field, Spot, blocks, by_tile, elsewhere, embed_spots
 from .sides import Sides
 from .texture import DESCRIPTOR, descriptor
 
-_PLACE = 512  # µm: regions among which the own reference is looked for
+PLACE = 512.0
+"""µm: side of the regions among which the own reference is looked for."""
 _APART, _LEAST = 16, 8  # tiles: of fewer, they may overlap; of fewer still, nothing is said
 
 
@@ -105,10 +106,10 @@ def _standard(ours: Vectors, real: Vectors) -> tuple[Vectors, Vectors]:
 
 
 def retrieval(
-    sides: Sides, encoders: Sequence[TileEncoder], codec: Codec, mpp: float, *, stride: float = 1.0,
-    tell: Tell | None = None,
+    sides: Sides, encoders: Sequence[TileEncoder], codec: Codec, mpp: float, *, place: float = PLACE,
+    stride: float = 1.0, tell: Tell | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Of each encoder: regions of 512 µm, each the mean of its tiles: is the nearest real one the own reference?
+    """Of each encoder: regions of `place` µm, each the mean of its tiles: is the nearest real one the own reference?
     (`top1`, `top5`, of `n` that ask; a region that several paintings follow is there once)
 
     `real`: how often the mean of half of a real region's tiles finds that of the other half. `stride`: 0.5 for regions
@@ -118,7 +119,7 @@ def retrieval(
         SlideError: if a slide cannot be read.
     """
     tile = encoders[0].tile
-    per = max(1, round(_PLACE / mpp / tile))
+    per = max(1, round(place / mpp / tile))
     ours, own, places = list[Spot](), list[int](), dict[Spot, int]()
     for pair in sides.pairs:
         for spot in spots_of([sides.real[pair.real]], mpp, per * tile, stride=stride, most=64):

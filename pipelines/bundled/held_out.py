@@ -5,7 +5,8 @@
 Writes WORK/NAME.ome.zarr for every quarter that is at least 1024 pixels wide at 0.5 µm, and WORK/report (report.html):
 every figure of `wsi-brush evaluate`, of those regions alone, in the space of the brush's own encoder and of every
 `--judge` beside it (one that the brush never saw: `judge`). `--copies` searches what was trained on for copies;
-`--overlap` prints how often the own reference is found among regions that overlap by half, of which there are more.
+`--overlap` prints how often the own reference is found among regions that overlap by half, of which there are more,
+and `--place 384` among those of so many µm, of which there are more too.
 Killed, the same command goes on.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsi_brush.brush import load_brush
-from wsi_brush.control import retrieval
+from wsi_brush.control import PLACE, retrieval
 from wsi_brush.encoder import load_encoder
 from wsi_brush.evaluate import evaluate_slides
 from wsi_brush.machine import keep_memory
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1536, help="tiles of a side and scale that are looked at")
     parser.add_argument("--copies", action="store_true")
     parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--place", type=float, help="µm")
     arguments = parser.parse_args()
     keep_memory()
     brush, data = load_brush(arguments.brush), read_config(arguments.recipe).data
@@ -87,8 +89,9 @@ def main() -> None:
         painted.append(target)
     sides = open_sides(real, painted)
     judges = [encoder, *map(load_encoder, arguments.judge)]
-    if arguments.overlap:
-        for judge, found in zip(judges, retrieval(sides, judges, Codec("jpeg:90"), MPP, stride=0.5), strict=True):
+    if arguments.overlap or arguments.place:
+        how = {"stride": 0.5 if arguments.overlap else 1.0, "place": arguments.place or PLACE}
+        for judge, found in zip(judges, retrieval(sides, judges, Codec("jpeg:90"), MPP, **how), strict=True):
             print(f"{judge.name}: {found}", flush=True)
     known = [open_slide(arguments.slides / source.path, assume_mpp=source.assume_mpp)
              for source in data.sources(arguments.slides) if arguments.copies]  # fmt: skip
