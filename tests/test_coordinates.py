@@ -127,9 +127,15 @@ def test_a_slide_is_followed_by_itself_in_other_stains(tissue_slide: Path, built
     different = [np.abs(images[0].astype(int) - image).mean() for image in images[1:]]
     assert min(different[:2] + different[3:]) > 2, "another stain, and not the same for two slides"
     assert len({image.tobytes() for image in images}) == 5
+    for pitch in PITCHES:
+        every = np.concatenate([one.embeddings[pitch].reshape(-1, 6) for one in pack.slides]).astype(np.float64)
+        known, moments = every[np.isfinite(every[:, 0])], pack.about["embeddings"][f"{pitch:g}"]
+        np.testing.assert_allclose(moments["mean"], known.mean(0), atol=2e-5)
+        np.testing.assert_allclose(moments["std"], np.maximum(known.std(0), 1e-4), atol=2e-5)
     for number in range(6):
         np.testing.assert_array_equal(pack.slides[number].tissue, plain.slides[0].tissue)
         values = pack.slides[number].embeddings[0.5]
+        np.testing.assert_array_equal(np.isfinite(values), np.isfinite(plain.slides[0].embeddings[0.5]))
         row, column = np.argwhere(np.isfinite(values[..., 0]))[0]
         tile = np.asarray(pack.images[0.5].parts[number][...])[row * TILE :, column * TILE :][:TILE, :TILE]
         np.testing.assert_allclose(values[row, column], Colours()(tile[None])[0], atol=4e-3)

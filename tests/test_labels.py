@@ -241,7 +241,7 @@ def test_a_changed_folder_is_another_pack(faces: Path, brush: Path, work: Path) 
             _pack(data, work, faces, again.append)
     finally:
         (faces / "black" / "2.jpg").unlink()
-    for change in ({"until": 0.75}, {"tissue": "found"}):
+    for change in ({"until": 0.75}, {"tissue": "found"}, {"stains": 1}):
         with pytest.raises(RefusedError, match="another `tissue`, `until` or `stains`"):
             _pack(data.model_copy(update=change), work, faces, again.append)
     for slides in (data.slides[:1], [data.slides[0], data.slides[1].model_copy(update={"label": "black"})]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 import subprocess
 import sys
@@ -302,6 +303,20 @@ def test_the_reader_imports_little() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of napari's own, once it is imported
+def test_the_widget_and_the_words_begin_with_the_same_painting() -> None:
+    from napari_wsi_brush.jobs import Wish
+    from wsi_brush.cli.painting import synthesize
+    from wsi_brush.stages import Painting
+    from wsi_brush.stream import CanvasDenoiser
+
+    usual, wish = Painting(), Wish(Path("slide.svs"))
+    assert wish.painting == Painting(size=wish.size)
+    words = {name: one.default for name, one in inspect.signature(synthesize).parameters.items()}
+    for name in ("mpp", "seed", "steps", "guidance"):
+        assert words[name] == getattr(usual, name), name
+    assert inspect.signature(CanvasDenoiser).parameters["guidance"].default == usual.guidance
+
+
 def test_the_manifest_is_valid() -> None:
     npe2 = pytest.importorskip("npe2", reason="napari is not installed")
     manifest = npe2.PluginManifest.from_file(Path(reader.__file__).with_name("napari.yaml"))

@@ -53,6 +53,7 @@ steps = 2
 batch = 1
 
 [systems.ours]
+model = { width = 64, heads = 8 }  # the bundled brush's
 optimisation = { start = "bundled", rate = 1e-6 }  # what has learnt nothing paints no tissue
 
 [systems.infty-diff]

@@ -37,6 +37,9 @@ WRONG = [
     ("optimisation", f"seed = {10**20}", "optimisation.seed"),
     ("optimisation", "threads = -3", "optimisation.threads: -3; expected a number greater"),
     ("optimisation", "checkpoint_minutes = -1", "optimisation.checkpoint_minutes: -1; expected a number greater"),
+    # of [data]
+    ("data", "stains = -1", "data.stains: -1; expected a number greater than or equal to 0"),
+    ("data", "stains = 1\ntissue = 'everywhere'", "data: stains 1 of pictures that are no H&E; expected 0"),
     # of [model]
     ("model", "width = 0", "model.width: 0; expected a number greater than or equal to 2"),
     ("model", "width = -2", "model.width: -2; expected"),

@@ -5,19 +5,23 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from wsi_brush import stains
 from wsi_brush.slide import open_slide
-from wsi_brush.stains import draw_stain, in_stain, restained
+from wsi_brush.stains import VECTORS, draw_stain, in_stain, restained
 
 SAME = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 ALL = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3, indexing="ij"), -1)
 
 
-def density(pixels: np.ndarray) -> np.ndarray:
+def density(pixels: NDArray[Any]) -> NDArray[np.float64]:
     return -np.log((pixels.astype(np.float64) + 1) / 256)
 
 
@@ -27,6 +31,48 @@ def test_white_stays_white_and_densities_are_multiplied(seed: int) -> None:
     assert (restained(np.full((3, 3), 255, np.uint8), mix) == 255).all()
     found, expected = restained(ALL, mix), 256 * np.exp(-density(ALL) @ np.array(mix).T) - 1
     assert np.abs(found - np.clip(expected, 0, 255)).max() <= 0.51
+
+
+class Still(np.random.Generator):
+    """Draws one number for every factor, and turns nothing."""
+
+    def __init__(self, place: float) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.place = place
+
+    def uniform(self, low: float, high: float, size: int) -> NDArray[np.float64]:  # type: ignore[override]
+        assert low <= self.place <= high
+        return np.full(size, self.place)
+
+    def normal(self, loc: float, scale: float, size: tuple[int, int]) -> NDArray[np.float64]:  # type: ignore[override]
+        return np.zeros(size)
+
+
+@pytest.mark.parametrize("place", [-1.0, 0.0, 1.0])
+def test_what_is_not_turned_is_scaled(place: float) -> None:
+    own = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
+    found = np.array(draw_stain(Still(place))) @ own.T
+    np.testing.assert_allclose(found, own.T * np.array([1.6, 1.6, 1.3]) ** place, atol=1e-12)
+
+
+def test_each_stain_is_turned_by_some_degrees_and_has_the_length_that_was_drawn() -> None:
+    own = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
+    found = np.stack([np.array(draw_stain(np.random.default_rng(seed))) @ own.T for seed in range(500)])
+    length = np.linalg.norm(found, axis=1)
+    least, most = 1 / np.array([1.6, 1.6, 1.3]), np.array([1.6, 1.6, 1.3])
+    assert (length > 0.999 * least).all()
+    assert (length < 1.001 * most).all()
+    np.testing.assert_allclose(np.log(length).std(0), np.log(most) / np.sqrt(3), rtol=0.1)
+    turn = np.degrees(np.arccos(np.clip((found / length[:, None] * own.T).sum(1), -1, 1)))
+    assert (np.sqrt((turn**2).mean(0)) > 4.3).all()
+    assert (np.sqrt((turn**2).mean(0)) < 6.5).all()
+
+
+def test_long_strips_are_done_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    mix = draw_stain(np.random.default_rng(0))
+    whole = restained(ALL, mix)
+    monkeypatch.setattr(stains, "_BAND", 100)
+    np.testing.assert_array_equal(restained(ALL, mix), whole)
 
 
 def test_the_same_stain_changes_nothing() -> None:

@@ -347,6 +347,23 @@ def test_the_first_run_makes_the_pack_and_the_next_uses_it(
     one_line(found, "another encoder", "--work")
 
 
+def test_a_pack_has_the_stains_that_the_recipe_asks_for(
+    tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "load_encoder", lambda name, device: Colours())
+    data, heard = config_of().data, list[str]()
+    stained = data.model_copy(update={"stains": 2})
+    made = train._pack(stained, tmp_path / "stained", tissue_slide.parent, heard.append)
+    assert (made.about["slides"], len(made.slides)) == (3, 3)
+    assert "1 slides, each in 3 stains," in heard[0]
+    assert train._pack(stained, tmp_path / "stained", tissue_slide.parent, heard.append).about == made.about
+    assert train._pack(data, tmp_path / "plain", tissue_slide.parent, heard.append).about["slides"] == 1
+    for asked, work in ((data, "stained"), (data.model_copy(update={"stains": 1}), "stained"), (stained, "plain")):
+        with pytest.raises(RefusedError) as found:
+            train._pack(asked, tmp_path / work, tissue_slide.parent, heard.append)
+        one_line(found, "`stains`", "--work")
+
+
 def test_the_terms_of_the_encoder_are_said_and_stay_with_the_brush(
     tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,8 +112,9 @@ def retrieval(
     """Of each encoder: regions of `place` µm, each the mean of its tiles: is the nearest real one the own reference?
     (`top1`, `top5`, of `n` that ask; a region that several paintings follow is there once)
 
-    `real`: how often the mean of half of a real region's tiles finds that of the other half. `stride`: 0.5 for regions
-    that overlap by half, so that the own one is to be told from neighbours that share half of it.
+    At most 64 regions of a painting. `real`: how often the mean of half of a real region's tiles finds that of the
+    other half. `stride`: 0.5 for regions that overlap by half, so that the own one is to be told from neighbours that
+    share half of it.
 
     Raises:
         SlideError: if a slide cannot be read.
@@ -129,13 +130,16 @@ def retrieval(
     theirs = list(places)
     if len(theirs) < 4:
         return [{"regions": len(theirs), "missing": "fewer than 4 regions"}] * len(encoders)
-    told, step = Told(tell, "looking for the own reference", len(ours) + len(theirs)), max(1, per // 4)
+    told, some = (
+        Told(tell, "looking for the own reference", len(ours) + len(theirs)),
+        np.unique(np.arange(4) * per // 4),
+    )
 
     def embedded(fields: Sequence[Field], spots: Sequence[Spot]) -> list[Vectors]:
-        """Of each encoder (n, tiles of a region, dim); of many tiles, 4 x 4 or a few more that are spread evenly."""
+        """Of each encoder (n, tiles of a region, dim); of many tiles, 4 x 4 that are spread evenly."""
         found: list[list[Vectors]] = [[] for _ in encoders]
         for (region,) in read_spots(fields, spots, codec, batch=1):
-            tiles = region.reshape(per, tile, per, tile, 3).swapaxes(1, 2)[::step, ::step]
+            tiles = region.reshape(per, tile, per, tile, 3).swapaxes(1, 2)[some][:, some]
             tiles = np.ascontiguousarray(tiles.reshape(-1, tile, tile, 3))
             for encoder, vectors in zip(encoders, found, strict=True):
                 vectors.append(encoder(tiles).astype(np.float64))

@@ -62,11 +62,12 @@ def build_pack(
     until: float = TRAIN_UNTIL,
     stains: int = 0,
 ) -> None:
-    """Decode and embed slides into a training pack; needs about 4 bytes a pixel at the finest pitch, of every stain.
+    """Decode and embed slides into a training pack; that takes about 4 bytes a pixel of the finest pitch and stain.
 
     `sources`: what the pack remembers of where the slides came from, so that it is known again. `labels`: that of each
     slide, where `encoder` is `Labels`. `everywhere`: all of a slide is taken for tissue. `until`: part of a slide's
-    width that is trained on. `stains`: after each slide it follows so many times more, each time in another stain.
+    width that is trained on. `stains`: after each slide it follows so many times more, each time in another stain,
+    drawn by its place among the slides.
 
     Raises:
         SlideError: if a slide cannot be read.

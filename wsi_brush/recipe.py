@@ -108,6 +108,12 @@ class Data(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _stained(self) -> Data:
+        if self.stains and (self.everywhere or self.encoder == LABELS):
+            raise ValueError(f"stains {self.stains} of pictures that are no H&E; expected 0 with labels or `tissue`")
+        return self
+
+    @model_validator(mode="after")
     def _labelled(self) -> Data:
         wanted = self.encoder == LABELS
         for source in self.slides:

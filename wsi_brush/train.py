@@ -115,7 +115,8 @@ def _pack(
     if (line := terms_line(encoder.name, **terms_of(encoder))) is not None:
         tell(line)
     if opened is not None:
-        tell(f"decoding and embedding {len(opened)} slides into {path}")
+        times = f", each in {1 + data.stains} stains," if data.stains else ""
+        tell(f"decoding and embedding {len(opened)} slides{times} into {path}")
         work.mkdir(parents=True, exist_ok=True)
         options = {"labels": labels, "everywhere": data.everywhere, "until": data.until, "stains": data.stains}
         build_pack(opened, path, encoder=encoder, sources=sources, **options)  # type: ignore[arg-type]

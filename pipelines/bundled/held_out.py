@@ -68,8 +68,10 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1536, help="tiles of a side and scale that are looked at")
     parser.add_argument("--copies", action="store_true")
     parser.add_argument("--overlap", action="store_true")
-    parser.add_argument("--place", type=float, help="µm")
+    parser.add_argument("--place", type=float, default=PLACE, help="µm")
     arguments = parser.parse_args()
+    if not 64 <= arguments.place <= PLACE:
+        parser.error(f"--place {arguments.place:g}: expected 64, a tile, to {PLACE:g}")
     keep_memory()
     brush, data = load_brush(arguments.brush), read_config(arguments.recipe).data
     encoder = load_encoder(brush.about["encoder"])
@@ -89,8 +91,8 @@ def main() -> None:
         painted.append(target)
     sides = open_sides(real, painted)
     judges = [encoder, *map(load_encoder, arguments.judge)]
-    if arguments.overlap or arguments.place:
-        how = {"stride": 0.5 if arguments.overlap else 1.0, "place": arguments.place or PLACE}
+    if arguments.overlap or arguments.place < PLACE:
+        how = {"stride": 0.5 if arguments.overlap else 1.0, "place": arguments.place}
         for judge, found in zip(judges, retrieval(sides, judges, Codec("jpeg:90"), MPP, **how), strict=True):
             print(f"{judge.name}: {found}", flush=True)
     known = [open_slide(arguments.slides / source.path, assume_mpp=source.assume_mpp)

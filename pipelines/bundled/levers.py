@@ -83,6 +83,7 @@ def changed(recipe: TrainConfig, change: Change, *, steps: int, batch: int, widt
     plain = recipe.model_dump(exclude={"card"})
     plain["optimisation"] |= {
         "steps": steps, "minutes": math.inf, "batch": batch, "shards": 1, "warmup": 20, "average": 0.95, "start": None,
+        "precision": "float32",
     }  # fmt: skip
     plain["model"]["width"] = width
     for part, values in change.items():

@@ -36,12 +36,11 @@ from wsi_brush.commit import fingerprint, sha256_of, write_json
 from wsi_brush.grid import Grid
 from wsi_brush.machine import find_device, keep_memory, name_of
 from wsi_brush.slide import open_slide
+from wsi_brush.stains import VECTORS
 
 CHECKPOINT_SECONDS = 120.0
 COLOURFUL = 18  # least spread of a tissue pixel's R, G and B, of 255
 STEP = 16  # px between the corners of tiles on offer
-# Optical densities of haematoxylin, eosin and a rest (Ruifrok and Johnston 2001), one a row.
-STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 
 
 # data ---------------------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ def make_views(squares: Tensor, size: int, config: dict[str, Any], generator: to
     where = functional.affine_grid(turn, [count, 3, size, size], align_corners=False)
     pixels = squares.permute(0, 3, 1, 2).float().contiguous()
     pixels = functional.grid_sample(pixels, where, mode="bilinear", padding_mode="border", align_corners=False)
-    stains = torch.tensor(STAINS, device=device)
+    stains = torch.tensor(VECTORS, dtype=torch.float32, device=device)
     stains = stains / stains.norm(dim=1, keepdim=True)
     factor = 1 + views["stain"] * (2 * uniform(count, 3) - 1)
     mix = stains.T @ torch.diag_embed(factor) @ torch.linalg.inv(stains.T)

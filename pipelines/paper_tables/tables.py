@@ -76,9 +76,13 @@ def pack(tables: dict[str, Any], slides: Path, work: Path) -> Path:
     """The slides decoded and embedded once, for all systems."""
     target = work / "pack"
     if not target.exists():
-        sources = [source.model_dump() for source in recipe(tables, OURS).data.slides]
+        data = recipe(tables, OURS).data
+        sources = [source.model_dump() for source in data.slides]
         opened = [open_slide(slides / one["path"], assume_mpp=one["assume_mpp"]) for one in sources]
-        build_pack(opened, target, encoder=load_encoder(tables["encoder"]), sources=sources)
+        build_pack(
+            opened, target, encoder=load_encoder(tables["encoder"]), sources=sources, everywhere=data.everywhere,
+            until=data.until, stains=data.stains,
+        )  # fmt: skip
     return target
 
 

@@ -62,10 +62,17 @@ class Choices(Working):
         self.side = SpinBox(
             label="size", value=side, min=32, max=_MOST, step=128, tooltip="Pixels of a side, where no region is drawn."
         )
-        self.mpp = FloatSpinBox(label="µm per pixel", value=0.5, min=0.01, max=64, step=0.5, tooltip="Of the painting.")
-        self.steps = SpinBox(label="steps", value=20, min=5, max=1000, tooltip="More take longer.")
+        self.mpp = FloatSpinBox(
+            label="µm per pixel", value=Wish.mpp, min=0.01, max=64, step=0.5, tooltip="Of the painting."
+        )
+        self.steps = SpinBox(label="steps", value=Wish.steps, min=5, max=1000, tooltip="More take longer.")
         self.guidance = FloatSpinBox(
-            label="guidance", value=1.0, min=0, max=20, step=0.5, tooltip="How strongly the reference is followed."
+            label="guidance",
+            value=Wish.guidance,
+            min=0,
+            max=20,
+            step=0.5,
+            tooltip="How strongly the reference is followed.",
         )
         self.said = Label(value="")
         self.bar = ProgressBar(value=0, min=0, max=100)
