@@ -71,6 +71,7 @@ def test_each_stain_is_turned_by_some_degrees_and_has_the_length_that_was_drawn(
 def test_long_strips_are_done_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     mix = draw_stain(np.random.default_rng(0))
     whole = restained(ALL, mix)
+    np.testing.assert_array_equal(restained(ALL.swapaxes(0, 1), mix), whole.swapaxes(0, 1))
     monkeypatch.setattr(stains, "_BAND", 100)
     np.testing.assert_array_equal(restained(ALL, mix), whole)
 

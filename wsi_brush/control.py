@@ -130,10 +130,8 @@ def retrieval(
     theirs = list(places)
     if len(theirs) < 4:
         return [{"regions": len(theirs), "missing": "fewer than 4 regions"}] * len(encoders)
-    told, some = (
-        Told(tell, "looking for the own reference", len(ours) + len(theirs)),
-        np.unique(np.arange(4) * per // 4),
-    )
+    told = Told(tell, "looking for the own reference", len(ours) + len(theirs))
+    some = np.unique(np.arange(4) * per // 4)
 
     def embedded(fields: Sequence[Field], spots: Sequence[Spot]) -> list[Vectors]:
         """Of each encoder (n, tiles of a region, dim); of many tiles, 4 x 4 that are spread evenly."""

@@ -110,7 +110,8 @@ class Data(_Strict):
     @model_validator(mode="after")
     def _stained(self) -> Data:
         if self.stains and (self.everywhere or self.encoder == LABELS):
-            raise ValueError(f"stains {self.stains} of pictures that are no H&E; expected 0 with labels or `tissue`")
+            found = f"stains {self.stains} of pictures that are no H&E"
+            raise ValueError(f"{found}; expected 0 with labels, or with tissue = 'everywhere'")
         return self
 
     @model_validator(mode="after")

@@ -19,11 +19,7 @@ from .slide import Slide
 
 VECTORS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 """Optical density of haematoxylin, eosin and DAB in red, green and blue, not yet of length 1."""
-_FACTOR = (
-    1.6,
-    1.6,
-    1.3,
-)  # each stain is up to so many times denser or paler; the third is what two leave
+_FACTOR = (1.6, 1.6, 1.3)  # up to so many times denser or paler; the third is what two stains leave
 _TURN = 0.07  # spread of what is added to each number of a vector of length 1, which turns it by about 5 degrees
 _BAND = 1 << 20  # pixels that are worked on at once: 36 bytes each
 
@@ -45,12 +41,12 @@ def draw_stain(generator: np.random.Generator) -> Mix:
 
 def restained(pixels: NDArray[np.uint8], mix: Mix) -> NDArray[np.uint8]:
     """Pixels (..., 3) whose optical densities, -ln((value + 1) / 256), are multiplied by `mix`: uint8 of that shape."""
-    turned, found = np.asarray(mix, np.float32).T, np.empty_like(pixels)
-    given, made = pixels.reshape(-1, 3), found.reshape(-1, 3)
+    given, turned = pixels.reshape(-1, 3), np.asarray(mix, np.float32).T
+    found = np.empty(given.shape, np.uint8)
     for start in range(0, len(given), _BAND):
         light = np.exp(-(_DENSITY[given[start : start + _BAND]] @ turned))
-        made[start : start + _BAND] = np.clip(np.rint(256 * light - 1), 0, 255)
-    return found
+        found[start : start + _BAND] = np.clip(np.rint(256 * light - 1), 0, 255)
+    return found.reshape(pixels.shape)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1536, help="tiles of a side and scale that are looked at")
     parser.add_argument("--copies", action="store_true")
     parser.add_argument("--overlap", action="store_true")
-    parser.add_argument("--place", type=float, default=PLACE, help="µm")
+    parser.add_argument("--place", type=float, default=PLACE, help="µm, side of the regions")
     arguments = parser.parse_args()
     if not 64 <= arguments.place <= PLACE:
         parser.error(f"--place {arguments.place:g}: expected 64, a tile, to {PLACE:g}")
