@@ -134,6 +134,19 @@ def test_smaller_regions_are_more(pixels: NDArray[np.uint8], tmp_path: Path) -> 
     assert small["top1"] == 1
 
 
+def test_regions_of_many_tiles_are_the_mean_of_sixteen(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Counted(Descriptor):
+        def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+            seen.append(len(tiles))
+            return super().__call__(tiles)
+
+    for place in (1024, 768):
+        retrieval(sides_of(tmp_path, pixels, pixels), [Counted()], Codec("none"), 1.0, place=place)
+    assert seen == [16] * 16
+
+
 def test_of_two_regions_that_are_alike_neither_is_found(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     twice = np.concatenate([pixels[:512], pixels[:512]])
     (found,) = retrieval(sides_of(tmp_path, twice, twice), [Descriptor()], Codec("none"), 1.0)

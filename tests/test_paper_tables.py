@@ -104,6 +104,17 @@ def made(pipeline: ModuleType, asked: argparse.Namespace) -> list[str]:
     return list((asked.work / "RESULTS.md").read_text(encoding="utf-8").splitlines())
 
 
+def test_the_pack_is_made_as_the_recipe_asks(
+    pipeline: ModuleType, asked: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(pipeline, "build_pack", lambda opened, target, **options: given.update(options))
+    tables = tomllib.loads(TABLES)
+    tables["data"] |= {"until": 0.5, "stains": 2}
+    pipeline.pack(tables, asked.slides, tmp_path)
+    assert (given["everywhere"], given["until"], given["stains"]) == (False, 0.5, 2)
+
+
 def test_every_system_has_its_row_at_the_sizes_that_it_paints(made: list[str]) -> None:
     heads = [line for line in made if line.startswith("## ")]
     assert [head.split(":")[0] for head in heads] == ["## 256²", "## 128²", "## Training"]

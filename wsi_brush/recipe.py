@@ -129,6 +129,11 @@ class Data(_Strict):
         """Whether all of a slide is looked at; else its tissue."""
         return self.tissue == "everywhere" or (self.tissue is None and self.encoder == LABELS)
 
+    @property
+    def packing(self) -> dict[str, Any]:
+        """What a pack of the slides is built with, as `coordinates.build_pack` takes it."""
+        return {"everywhere": self.everywhere, "until": self.until, "stains": self.stains}
+
     def sources(self, folder: Path) -> list[SlideSource]:
         """The slides, patterns as the files in `folder` that fit them.
 

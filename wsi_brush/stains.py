@@ -18,7 +18,8 @@ from .grid import Grid
 from .slide import Slide
 
 VECTORS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-"""Optical density of haematoxylin, eosin and DAB in red, green and blue, not yet of length 1."""
+VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
+"""Optical density of haematoxylin, eosin and DAB in red, green and blue, of length 1 each."""
 _FACTOR = (1.6, 1.6, 1.3)  # up to so many times denser or paler; the third is what two stains leave
 _TURN = 0.07  # spread of what is added to each number of a vector of length 1, which turns it by about 5 degrees
 _BAND = 1 << 20  # pixels that are worked on at once: 36 bytes each
@@ -31,11 +32,10 @@ Mix = tuple[tuple[float, float, float], ...]
 
 def draw_stain(generator: np.random.Generator) -> Mix:
     """The way to another stain, at random."""
-    own = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
     factor = np.exp(np.log(_FACTOR) * generator.uniform(-1, 1, 3))
-    other = np.abs(own + generator.normal(0, _TURN, (3, 3)))
+    other = np.abs(VECTORS + generator.normal(0, _TURN, (3, 3)))
     other /= np.linalg.norm(other, axis=1, keepdims=True)
-    found = other.T @ np.diag(factor) @ np.linalg.inv(own.T)
+    found = other.T @ np.diag(factor) @ np.linalg.inv(VECTORS.T)
     return tuple((float(red), float(green), float(blue)) for red, green, blue in found)
 
 

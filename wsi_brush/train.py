@@ -118,8 +118,7 @@ def _pack(
         times = f", each in {1 + data.stains} stains," if data.stains else ""
         tell(f"decoding and embedding {len(opened)} slides{times} into {path}")
         work.mkdir(parents=True, exist_ok=True)
-        options = {"labels": labels, "everywhere": data.everywhere, "until": data.until, "stains": data.stains}
-        build_pack(opened, path, encoder=encoder, sources=sources, **options)  # type: ignore[arg-type]
+        build_pack(opened, path, encoder=encoder, sources=sources, labels=labels, **data.packing)
     kept = data.in_memory and device.type != "cpu"
     return TrainingPack(path, in_memory=data.in_memory, device=device if kept else None)
 
@@ -140,7 +139,7 @@ def _inputs(
         check_room(opened, shares=data.shares, sizes=data.sizes, until=data.until)
     elif found.get("kind") != PACK or found["fingerprint"] != encoder.fingerprint or found.get("sources") != sources:
         raise RefusedError(f"{path}: made with another encoder or other slides; remove it or choose another --work")
-    elif any(found.get(name, usual) != getattr(data, name) for name, usual in _OF_A_PACK.items()):
+    elif any(found.get(name, usual) != data.packing[name] for name, usual in _OF_A_PACK.items()):
         raise RefusedError(
             f"{path}: made with another `tissue`, `until` or `stains`; remove it or choose another --work"
         )

@@ -196,7 +196,6 @@ def make_views(squares: Tensor, size: int, config: dict[str, Any], generator: to
     pixels = squares.permute(0, 3, 1, 2).float().contiguous()
     pixels = functional.grid_sample(pixels, where, mode="bilinear", padding_mode="border", align_corners=False)
     stains = torch.tensor(VECTORS, dtype=torch.float32, device=device)
-    stains = stains / stains.norm(dim=1, keepdim=True)
     factor = 1 + views["stain"] * (2 * uniform(count, 3) - 1)
     mix = stains.T @ torch.diag_embed(factor) @ torch.linalg.inv(stains.T)
     shade = views["brightness"] * (2 * uniform(count, 1, 1) - 1)

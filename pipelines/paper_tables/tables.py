@@ -79,10 +79,7 @@ def pack(tables: dict[str, Any], slides: Path, work: Path) -> Path:
         data = recipe(tables, OURS).data
         sources = [source.model_dump() for source in data.slides]
         opened = [open_slide(slides / one["path"], assume_mpp=one["assume_mpp"]) for one in sources]
-        build_pack(
-            opened, target, encoder=load_encoder(tables["encoder"]), sources=sources, everywhere=data.everywhere,
-            until=data.until, stains=data.stains,
-        )  # fmt: skip
+        build_pack(opened, target, encoder=load_encoder(tables["encoder"]), sources=sources, **data.packing)
     return target
 
 
