@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from wsi_brush.coordinates import TrainingPack
 from wsi_brush.grid import Grid
 from wsi_brush.published import CLIP_SHA256, Network, Networks
 from wsi_brush.slide import open_slide
@@ -104,15 +105,16 @@ def made(pipeline: ModuleType, asked: argparse.Namespace) -> list[str]:
     return list((asked.work / "RESULTS.md").read_text(encoding="utf-8").splitlines())
 
 
-def test_the_pack_is_made_as_the_recipe_asks(
+def test_a_system_alone_has_the_pack_that_the_recipe_asks_for(
     pipeline: ModuleType, asked: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(pipeline, "build_pack", lambda opened, target, **options: given.update(options))
+    monkeypatch.setattr(pipeline, "train_brush", lambda *given, **options: None)
     tables = tomllib.loads(TABLES)
     tables["data"] |= {"until": 0.5, "stains": 2}
-    pipeline.pack(tables, asked.slides, tmp_path)
-    assert (given["everywhere"], given["until"], given["stains"]) == (False, 0.5, 2)
+    del tables["systems"]["ours"]  # as by --only
+    brush = pipeline.trained(tables, "infty-diff", asked.slides, tmp_path, "cpu")
+    about = TrainingPack(brush.parent / "training" / "pack").about
+    assert (about["until"], about["stains"], about["slides"]) == (0.5, 2, 3)
 
 
 def test_every_system_has_its_row_at_the_sizes_that_it_paints(made: list[str]) -> None:
@@ -142,9 +144,9 @@ def test_the_judge_comes_first_and_what_is_left_out_is_said(made: list[str]) -> 
     assert [word.split(",")[0] for word in words[:2]] == ["In `judge`", "In `bundled`"]
     assert words[2:] == ["In neither:", "Left out: no weights here."]
     assert not any("FID" in line for line in made)
-    assert "2 paintings after held-out slides, the same of every system" in next(
-        line for line in made if "## 256²" in line
-    )
+    heads = [line for line in made if line.startswith("## ")][:2]
+    assert heads == [f"## {one} after held-out slides, the same of every system"
+                     for one in ("256²: 2 paintings", "128²: 1 painting")]  # fmt: skip
 
 
 def test_the_cost_is_measured(made: list[str]) -> None:

@@ -56,7 +56,7 @@ def pack(tissue_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Traini
 @pytest.fixture
 def work(tmp_path: Path, pack: TrainingPack, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A work folder whose pack is made already."""
-    monkeypatch.setattr(train, "_pack", lambda *given: pack)
+    monkeypatch.setattr(train, "training_pack", lambda *given: pack)
     folder = tmp_path / "work"
     folder.mkdir()
     return folder
@@ -335,15 +335,15 @@ def test_the_first_run_makes_the_pack_and_the_next_uses_it(
 ) -> None:
     monkeypatch.setattr(train, "load_encoder", lambda name, device: Colours())
     data, heard = config_of().data, list[str]()
-    first = train._pack(data, tmp_path / "work", tissue_slide.parent, heard.append)
+    first = train.training_pack(data, tmp_path / "work", tissue_slide.parent, heard.append)
     assert len(heard) == 1
     assert first.about["encoder"] == "colours"
-    again = train._pack(data, tmp_path / "work", tissue_slide.parent, heard.append)
+    again = train.training_pack(data, tmp_path / "work", tissue_slide.parent, heard.append)
     assert len(heard) == 1
     assert again.about == first.about
     monkeypatch.setattr(Colours, "fingerprint", "decaf")
     with pytest.raises(RefusedError) as found:
-        train._pack(data, tmp_path / "work", tissue_slide.parent, heard.append)
+        train.training_pack(data, tmp_path / "work", tissue_slide.parent, heard.append)
     one_line(found, "another encoder", "--work")
 
 
@@ -353,14 +353,14 @@ def test_a_pack_has_the_stains_that_the_recipe_asks_for(
     monkeypatch.setattr(train, "load_encoder", lambda name, device: Colours())
     data, heard = config_of().data, list[str]()
     stained = data.model_copy(update={"stains": 2})
-    made = train._pack(stained, tmp_path / "stained", tissue_slide.parent, heard.append)
+    made = train.training_pack(stained, tmp_path / "stained", tissue_slide.parent, heard.append)
     assert (made.about["slides"], len(made.slides)) == (3, 3)
-    assert "1 slides, each in 3 stains," in heard[0]
-    assert train._pack(stained, tmp_path / "stained", tissue_slide.parent, heard.append).about == made.about
-    assert train._pack(data, tmp_path / "plain", tissue_slide.parent, heard.append).about["slides"] == 1
+    assert "1 slide, each in 3 stains," in heard[0]
+    assert train.training_pack(stained, tmp_path / "stained", tissue_slide.parent, heard.append).about == made.about
+    assert train.training_pack(data, tmp_path / "plain", tissue_slide.parent, heard.append).about["slides"] == 1
     for asked, work in ((data, "stained"), (data.model_copy(update={"stains": 1}), "stained"), (stained, "plain")):
         with pytest.raises(RefusedError) as found:
-            train._pack(asked, tmp_path / work, tissue_slide.parent, heard.append)
+            train.training_pack(asked, tmp_path / work, tissue_slide.parent, heard.append)
         one_line(found, "`stains`", "--work")
 
 
@@ -371,7 +371,7 @@ def test_the_terms_of_the_encoder_are_said_and_stay_with_the_brush(
     monkeypatch.setattr(train, "load_encoder", lambda name, device: Colours())
     monkeypatch.setattr(Colours, "terms", terms, raising=False)
     heard: list[str] = []
-    made = train._pack(config_of().data, tmp_path / "work", tissue_slide.parent, heard.append)
+    made = train.training_pack(config_of().data, tmp_path / "work", tissue_slide.parent, heard.append)
     (line,) = [line for line in heard if "CC-BY-NC-ND-4.0" in line]
     assert line.startswith("encoder colours: ")
     assert "no commercial use" in line
@@ -383,11 +383,11 @@ def test_the_terms_of_the_encoder_are_said_and_stay_with_the_brush(
 def test_a_pack_of_other_slides_is_refused(tissue_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "load_encoder", lambda name, device: Colours())
     data = config_of().data
-    train._pack(data, tmp_path, tissue_slide.parent, lambda line: None)
+    train.training_pack(data, tmp_path, tissue_slide.parent, lambda line: None)
     for slide in ({"path": "other.tif"}, {"path": "tissue.tif", "assume_mpp": 0.25}):
         other = data.model_copy(update={"slides": [SlideSource(**slide)]})
         with pytest.raises(RefusedError) as found:
-            train._pack(other, tmp_path, tissue_slide.parent, lambda line: None)
+            train.training_pack(other, tmp_path, tissue_slide.parent, lambda line: None)
         one_line(found, "other slides", "--work")
 
 

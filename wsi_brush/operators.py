@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 REACH = 1  # cells to either side that a kernel-integral operator reads
-_SLOTS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1))
 _BAND = 192 * 1024  # features of a band: with those that it becomes, about two megabytes
 _ROOM = 1 << 20  # cells on a side that a scatter's keys can tell apart
 
@@ -84,14 +83,12 @@ class Scatter:
 
 
 def _neighbours(keys: Tensor) -> Tensor:
-    rows, columns = (keys // _ROOM) % _ROOM, keys % _ROOM
-    found = []
-    for down, right in _SLOTS:
-        wanted = keys + down * _ROOM + right
-        inside = (rows + down >= 0) & (columns + right >= 0)
-        index = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
-        found.append(torch.where(inside & (keys[index] == wanted), index, -1))
-    return torch.stack(found, 1)
+    down, right = (torch.arange(9, device=keys.device) // 3 - 1, torch.arange(9, device=keys.device) % 3 - 1)
+    wanted = keys[:, None] + down * _ROOM + right
+    inside = ((keys // _ROOM) % _ROOM)[:, None] + down >= 0
+    inside &= (keys % _ROOM)[:, None] + right >= 0
+    index = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+    return torch.where(inside & (keys[index] == wanted), index, -1)
 
 
 class KernelIntegral(nn.Module):

@@ -75,7 +75,7 @@ def _trained(
     if config.optimisation.threads:
         torch.set_num_threads(config.optimisation.threads)
     check_precision(config.optimisation.precision, device)
-    pack = _pack(config.data, work, slides, tell, device, partial(_begun, config))
+    pack = training_pack(config.data, work, slides, tell, device, partial(_begun, config))
     run = Training(config, pack, work, device)
     run.resume(tell)
     while not run.over:
@@ -106,17 +106,23 @@ def check_training(config: TrainConfig, *, work: Path, slides: Path = Path(), de
         Training(config, TrainingPack(work / "pack"), work, place).resume(lambda line: None)
 
 
-def _pack(
-    data: Data, work: Path, slides: Path, tell: Tell, device: torch.device = CPU,
+def training_pack(
+    data: Data, work: Path, slides: Path, tell: Tell = print, device: torch.device = CPU,
     begun: Callable[[int], object] = lambda dim: None,
 ) -> TrainingPack:  # fmt: skip
+    """The pack of the slides of a recipe in the folder `work`, made where there is none. `begun`: tried with the length
+    of an embedding, before hours of work.
+
+    Raises:
+        UsageError, SlideError, RefusedError, MachineError: one line each.
+    """
     path = work / "pack"
     sources, labels, encoder, opened = _inputs(data, path, slides, device, begun)
     if (line := terms_line(encoder.name, **terms_of(encoder))) is not None:
         tell(line)
     if opened is not None:
         times = f", each in {1 + data.stains} stains," if data.stains else ""
-        tell(f"decoding and embedding {len(opened)} slides{times} into {path}")
+        tell(f"decoding and embedding {len(opened)} slide{'s' if len(opened) > 1 else ''}{times} into {path}")
         work.mkdir(parents=True, exist_ok=True)
         build_pack(opened, path, encoder=encoder, sources=sources, labels=labels, **data.packing)
     kept = data.in_memory and device.type != "cpu"

@@ -31,7 +31,7 @@ from wsi_brush.errors import UsageError
 from wsi_brush.machine import keep_memory
 from wsi_brush.objective import losses
 from wsi_brush.recipe import TrainConfig, read_config
-from wsi_brush.train import Training, _pack
+from wsi_brush.train import Training, training_pack
 
 Change = dict[str, dict[str, Any]]
 
@@ -127,7 +127,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Train, judge, write."""
     recipe = read_config(arguments.recipe)
     torch.set_num_threads(arguments.threads)
-    pack = _pack(recipe.data, arguments.work, arguments.slides, print)
+    pack = training_pack(recipe.data, arguments.work, arguments.slides)
     file = arguments.work / "levers.json"
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     sizes = {"steps": arguments.steps, "batch": arguments.batch, "width": arguments.width}

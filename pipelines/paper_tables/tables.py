@@ -28,7 +28,7 @@ import numpy as np
 from wsi_brush import __version__
 from wsi_brush.brush import Brush, load_brush
 from wsi_brush.commit import fingerprint
-from wsi_brush.coordinates import TrainingPack, build_pack
+from wsi_brush.coordinates import TrainingPack
 from wsi_brush.encoder import load_encoder
 from wsi_brush.errors import UsageError, WsiBrushError
 from wsi_brush.evaluate import evaluate_slides
@@ -42,7 +42,7 @@ from wsi_brush.slide import Slide, open_slide
 from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_slide
 from wsi_brush.tissue import find_tissue
-from wsi_brush.train import Training, train_brush
+from wsi_brush.train import Training, train_brush, training_pack
 
 MPP = 0.5
 GUIDANCE = 2.0  # of all systems, as in RESULTS.md
@@ -72,17 +72,6 @@ def recipe(tables: dict[str, Any], system: str) -> TrainConfig:
     )
 
 
-def pack(tables: dict[str, Any], slides: Path, work: Path) -> Path:
-    """The slides decoded and embedded once, for all systems."""
-    target = work / "pack"
-    if not target.exists():
-        data = recipe(tables, OURS).data
-        sources = [source.model_dump() for source in data.slides]
-        opened = [open_slide(slides / one["path"], assume_mpp=one["assume_mpp"]) for one in sources]
-        build_pack(opened, target, encoder=load_encoder(tables["encoder"]), sources=sources, **data.packing)
-    return target
-
-
 def folder_of(tables: dict[str, Any], system: str, work: Path) -> Path:
     """Where a system is trained and paints: another folder for another recipe or other references."""
     given = {"recipe": recipe(tables, system).model_dump(mode="json"), "held out": tables["held_out"]}
@@ -96,7 +85,8 @@ def trained(tables: dict[str, Any], system: str, slides: Path, work: Path, devic
     if not target.exists():
         own.mkdir(parents=True, exist_ok=True)
         if not (own / "pack").exists():
-            (own / "pack").symlink_to(pack(tables, slides, work).resolve())
+            training_pack(recipe(tables, system).data, work, slides)  # decoded and embedded once, for all systems
+            (own / "pack").symlink_to((work / "pack").resolve())
         train_brush(recipe(tables, system), target, work=own, slides=slides, device=device)
     return target
 
@@ -372,7 +362,8 @@ def main(arguments: argparse.Namespace) -> None:
         names = in_common([folder for folder, _ in made.values()])
         found = {system: judged(tables, slides, folder, names, networks) for system, (folder, _) in made.items()}
         conditions, other = judges(tables["encoder"])
-        lines += [f"## {size}²: {len(names)} paintings after held-out slides, the same of every system", "",
+        what = f"{len(names)} painting{'s' if len(names) != 1 else ''} after held-out slides"
+        lines += [f"## {size}²: {what}, the same of every system", "",
                   f"In `{other}`, which conditions none of them:", "", *quality(found, other), "",
                   f"In `{conditions}`, which conditions them and flatters them:", "", *quality(found, conditions), "",
                   "In neither:", "", *plain(found, networks), "",
