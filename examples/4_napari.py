@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def shoot(viewer: Any, path: Path) -> None:
 
 
 def animated(frames: list[Any], path: Path) -> None:
-    """A painting that sharpens, marked as what it is."""
-    chosen = (
-        frames if len(frames) <= FRAMES else [frames[i] for i in np.linspace(0, len(frames) - 1, FRAMES).astype(int)]
-    )
+    """A painting that sharpens, marked as what it is: frames of about the same change from one to the next."""
+    changes = [float(np.abs(after.astype(int) - before).mean()) for before, after in pairwise(frames)]
+    way = np.cumsum([0.0, *changes])
+    chosen = [frames[i] for i in sorted({*np.searchsorted(way, np.linspace(0, way[-1], FRAMES)).tolist()})]
     pictures = []
     for pixels in chosen:
         picture = Image.fromarray(pixels).resize((SHOWN, SHOWN), Image.Resampling.LANCZOS)
