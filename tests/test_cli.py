@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,8 @@ from test_dicom import write_dicom
 from test_embed import damage
 
 from wsi_brush import __version__, commit, ledger
+from wsi_brush.baselines import build
+from wsi_brush.brush import load_brush, save_brush
 from wsi_brush.scratch import WORK
 from wsi_brush.slide import open_slide
 from wsi_brush.store import EmbeddingStore
@@ -573,6 +575,14 @@ class TestInterrupted:
         assert ran.code == 0
         assert hashes(tmp_path / "again") == hashes(tmp_path / "once")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "once"]
+
+    def test_while_a_rival_paints(self, words: Words, brush: Path, tissue_slide: Path, tmp_path: Path) -> None:
+        """It holds its canvas in memory alone, and so it says."""
+        ours = load_brush(brush)
+        rival = build("infty-diff", {"dim": ours.denoiser.config.dim, "width": 8, "grid": 8})
+        save_brush(replace(ours, network=rival), tmp_path / "rival")
+        arguments = paint(tissue_slide, tmp_path / "new.ome.zarr", tmp_path / "rival", size=512, steps=200)
+        self.check(words(*arguments, interrupt_after="painting with"), tmp_path, hashes(tmp_path), goes_on=False)
 
     def test_while_comparing(self, words: Words, tissue_slide: Path, tmp_path: Path) -> None:
         """Nothing is kept there, and so it says."""

@@ -154,7 +154,7 @@ def synthesize(
             print_plan(plans.plan_painting(loaded, eyes, slide or followed, out, painting, pixels), json_)
             return
         client = connect(scheduler) if scheduler is not None else None
-        with Shown(quiet) as progress, client or nullcontext():
+        with errors(debug, goes_on=loaded.rival is None), Shown(quiet) as progress, client or nullcontext():
             if label is not None:
                 painted = synthesize_label(
                     label, out, painting, brush=loaded, overwrite=overwrite, client=client, tell=progress
