@@ -185,3 +185,24 @@ def test_rows_of_one_group_are_no_independent_witnesses() -> None:
     ]
     assert widths[1] == pytest.approx(widths[0], rel=0.2)
     assert widths[2] < 0.5 * widths[0]
+
+
+def test_what_differs_from_place_to_place_is_no_doubt_about_two_that_share_places() -> None:
+    """48 places of 3 to 30, and 0.9 to 1.1 of that beside them, twice: the interval of the ratio holds 1 about as often
+    as it says, and is many times narrower than one of two strangers."""
+
+    def ratio(a: Vectors, b: Vectors) -> float:
+        return float(b.mean() / a.mean())
+
+    held, widths = 0, []
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        place, numbers = random.uniform(3, 30, 48), np.arange(48)
+        beside = np.concatenate([place * random.uniform(0.9, 1.1, 48) for _ in range(2)])
+        groups = numbers, np.concatenate([numbers, numbers])
+        low, high = interval(ratio, place, beside, draws=200, seed=seed, groups=groups, together=True)
+        held += low <= 1 <= high
+        apart = interval(ratio, place, beside, draws=20, seed=seed, groups=groups)
+        widths.append((high - low) / (apart[1] - apart[0]))
+    assert 85 <= held <= 100
+    assert np.median(widths) < 0.2

@@ -244,7 +244,9 @@ class TestTexture:
                 assert one["low"][k] <= value <= one["high"][k]
                 assert one["floor_low"][k] <= floor <= one["floor_high"][k]
         assert max(found["stain"]["floor_high"]) < min(found["stain"]["low"])
-        assert found["octaves"]["high"][0] < 1
+        # what differs from window to window differs in both: every window has about 0.81 of its detail
+        assert found["octaves"]["high"][0] - found["octaves"]["low"][0] < 0.02
+        assert found["octaves"]["floor_high"][0] - found["octaves"]["floor_low"][0] > 0.02
         for name in ("density_ratio", "area_distance", "eccentricity_distance"):
             one = found["nuclei"][name]
             assert 0 <= one["low"] <= one["value"] <= one["high"]

@@ -96,7 +96,9 @@ class TestSides:
         assert sides.notes == ["other.tif: left out, as nothing was painted after it"]
         real, synthetic = sides.spots(0.5, 64)
         assert sides.followed(synthetic) == real
-        assert np.array_equal(sides.groups(synthetic), blocks(sides.real, real))
+        ours, theirs = sides.groups(real, synthetic)
+        assert np.array_equal(ours, blocks(sides.real, real))
+        assert np.array_equal(theirs, ours)
 
     def test_a_square_that_is_not_whole_in_a_painting_is_not_looked_at(self, slide: Slide, tmp_path: Path) -> None:
         short = copied(slide, tmp_path / "short.tif", Grid(0.5, 0, 0, slide.grid.height - 1, slide.grid.width))

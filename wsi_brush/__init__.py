@@ -48,6 +48,7 @@ The modules, in the order of the data; a module imports only what stands above i
     diffusion     forward process, objective, noise levels, solvers
     objective     what a training step minimises: the loss at windows and at scattered points
     optimiser     how weights follow their gradients: Muon and AdamW
+    checkpoint    the state of a training, twice on disk
     baselines     System: the rivals of the paper's tables, trained and used as a brush is
     brush         Brush: a trained denoiser and all it needs
     followed      embeddings that a painting follows without their slide: a store, or h5 of others

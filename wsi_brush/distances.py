@@ -110,22 +110,26 @@ def _squares(one: Vectors, two: Vectors) -> Iterator[Vectors]:
 
 def interval(
     figure: Figure, real: Vectors, other: Vectors, *, draws: int = 100, seed: int = 0, level: float = 0.95,
-    groups: tuple[Groups, Groups] | None = None,
+    groups: tuple[Groups, Groups] | None = None, together: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """A bootstrap interval of a figure, or of each of several: the rows of both sets are drawn again, with replacement.
 
     `groups`: a number for each row of both sets; rows of one number are drawn together, since neighbours that share
-    pixels are no independent witnesses. Drawn again, a set has fewer distinct vectors, which makes it look further
-    away: the interval is moved so that its middle (median) is the figure itself.
+    pixels are no independent witnesses. `together`: also those of one number in both sets, which are places and what
+    was painted there; what differs from place to place is then no doubt about what differs between the sets. Drawn
+    again, a set has fewer distinct vectors, which makes it look further away: the interval is moved so that its middle
+    (median) is the figure itself.
     """
-    random, found = np.random.default_rng(seed), []
-    sets = (real, other)
-    members = [
-        [np.flatnonzero(one == number) for number in np.unique(one)]
-        for one in groups or tuple(np.arange(len(vectors)) for vectors in sets)
-    ]
+    random, found, sets = np.random.default_rng(seed), [], (real, other)
+    numbers = groups or tuple(np.arange(len(vectors)) for vectors in sets)
+    names = [np.unique(np.concatenate(numbers))] * 2 if together else [np.unique(one) for one in numbers]
+    members = [[np.flatnonzero(one == k) for k in some] for one, some in zip(numbers, names, strict=True)]
     for _ in range(draws):
-        rows = [_drawn(random, one, len(vectors)) for one, vectors in zip(members, sets, strict=True)]
+        if together:
+            chosen = random.integers(len(names[0]), size=len(names[0]))
+            rows = [np.concatenate([one[k] for k in chosen]) for one in members]
+        else:
+            rows = [_drawn(random, one, len(vectors)) for one, vectors in zip(members, sets, strict=True)]
         found.append(figure(real[rows[0]], other[rows[1]]))
     low, middle, high = np.quantile(found, [(1 - level) / 2, 0.5, (1 + level) / 2], axis=0)
     value = figure(real, other)

@@ -21,7 +21,7 @@ from .distances import Groups, Overlap, Vectors, frechet, interval, kernel_dista
 from .embed import TileEncoder
 from .grid import Grid
 from .progress import Tell, Told
-from .samples import Codec, Spot, blocks, by_tile, embed_spots, read_spots
+from .samples import Codec, Spot, by_tile, embed_spots, read_spots
 from .sides import Sides
 from .slide import Slide
 from .texture import densities, find_nuclei, nuclear_threshold, octaves, stain_distance
@@ -54,15 +54,18 @@ Samples = Mapping[str, tuple[Rows, Rows] | None]
 
 
 def measured(
-    names: Sequence[Any], figure: Callable[[Any, Any], Any], samples: Samples, *, seed: int, draws: int = 100
-) -> dict[Any, dict[str, Any]]:
+    names: Sequence[Any], figure: Callable[[Any, Any], Any], samples: Samples, *, seed: int, draws: int = 100,
+    together: bool = False,
+) -> dict[Any, dict[str, Any]]:  # fmt: skip
     """Figures of each pair of samples with their intervals: by name value, low, high, floor, floor_low, floor_high, ...
-    (None where there is none), n, floor_n, ... (rows of the two) and seed."""
+    (None where there is none), n, floor_n, ... (rows of the two) and seed. `together`: groups of one number in both of
+    `value` are drawn as one, as in `distances.interval`."""
     found: dict[Any, dict[str, Any]] = {name: {} for name in names}
     about: dict[str, Any] = {"seed": seed}
     for start, pair in samples.items():
         nothing = [None] * len(names)
-        values, edges = (nothing, [nothing] * 2) if pair is None else bounded(figure, pair, seed=seed, draws=draws)
+        how: dict[str, Any] = {"seed": seed, "draws": draws, "together": together and start == "value"}
+        values, edges = (nothing, [nothing] * 2) if pair is None else bounded(figure, pair, **how)
         before = "" if start == "value" else f"{start}_"
         for name, value, low, high in zip(names, values, *edges, strict=True):
             limits = _LIMITS.get(name, (0.0, math.inf))
@@ -72,7 +75,9 @@ def measured(
     return {name: one | about for name, one in found.items()}
 
 
-def bounded(figure: Callable[[Any, Any], Any], sample: tuple[Rows, Rows], *, seed: int, draws: int = 100) -> Any:
+def bounded(
+    figure: Callable[[Any, Any], Any], sample: tuple[Rows, Rows], *, seed: int, draws: int = 100, together: bool = False
+) -> Any:
     """Figures of two samples, (k,), and their interval, (2, k); None for both edges where there are too few groups."""
     one, other = sample
     with np.errstate(divide="ignore", invalid="ignore"):  # a side may have nothing of an octave
@@ -80,7 +85,9 @@ def bounded(figure: Callable[[Any, Any], Any], sample: tuple[Rows, Rows], *, see
         if not draws or min(len(np.unique(rows.groups)) for rows in sample) < _FEW:
             return values, [[None] * len(values)] * 2
         groups = one.groups, other.groups
-        edges = interval(figure, one.values, other.values, seed=seed, draws=draws, groups=groups)
+        edges = interval(
+            figure, one.values, other.values, seed=seed, draws=draws, groups=groups, together=together
+        )  # fmt: skip
     return values, [*map(np.atleast_1d, edges)]
 
 
@@ -140,7 +147,7 @@ def distribution(sides: Sides, seen: Seen, *, seed: int, thumbnail: Vectors | No
             "missing": f"{count} tiles{side} in a half; {_LEAST} are needed: give larger regions, or more pairs"
         }
     wide = _WHOLE if seen.by_slide else None
-    numbers = blocks(sides.real, seen.spots[0], wide=wide), sides.groups(seen.spots[1], wide=wide)
+    numbers = sides.groups(*seen.spots, wide=wide)
 
     def drawn(vectors: Vectors, groups: Groups, part: list[int]) -> Rows:
         # by one seed: where both sides have the same places, the same are drawn
@@ -241,7 +248,7 @@ def texture(
         return {"missing": f"fewer than {_FEWEST} windows of {window} pixels with tissue at {mpp:g} µm"}
     told, threshold = Told(tell, "looking at texture", len(real) + len(synthetic)), math.nan
     # a window is as large as a block of tiles at the same pitch, and shares no pixel with another
-    groups = blocks(sides.real, real, wide=1), sides.groups(synthetic, wide=1)
+    groups = sides.groups(real, synthetic, wide=1)
     windows: list[_Windows] = []
     for fields, spots, group in zip((sides.real, sides.synthetic), (real, synthetic), groups, strict=True):
         pixels = np.concatenate(list(read_spots(fields, spots, codec)))
@@ -252,7 +259,7 @@ def texture(
     parts = [first, second, _beside_second(sides, (real, synthetic), second)]
     count, random = min(map(len, parts)), np.random.default_rng(seed)
     drawn = [np.sort(random.choice(np.asarray(part, np.intp), count, replace=False)) for part in parts]
-    said = partial(_beside, windows, parts=drawn, seed=seed)
+    said = partial(_beside, windows, parts=drawn, paired=sides.paired, seed=seed)
     return {
         "mpp": mpp, "window": window, "real": len(real), "synthetic": len(synthetic), "n": count,
         "octaves": {"wavelength": [round(2 * mpp * 2**k, 3) for k in range(_OCTAVES)]}  # µm, the shortest of each
@@ -290,15 +297,19 @@ def _looked_at(
 
 def _beside(
     windows: Sequence[_Windows], name: str, names: Sequence[Any], figure: Callable[[Any, Any], Any], *,
-    parts: Sequence[Groups], seed: int, whole: bool = False,
+    parts: Sequence[Groups], paired: bool, seed: int, whole: bool = False,
 ) -> dict[Any, dict[str, Any]]:  # fmt: skip
     """Figures between the sides (`whole`, or where there are no halves), or between the first real half and what lies
     beside the second."""
     real, synthetic = windows
     first, second, theirs = (side.rows(name, part) for side, part in zip((real, real, synthetic), parts, strict=True))
     halved = len(parts[0]) > 0
-    pair = (first, theirs) if halved and not whole else (real.rows(name), synthetic.rows(name))
-    return measured(names, figure, {"value": pair, "floor": (first, second) if halved else None}, seed=seed)
+    apart = halved and not whole
+    samples = {
+        "value": (first, theirs) if apart else (real.rows(name), synthetic.rows(name)),
+        "floor": (first, second) if halved else None,
+    }
+    return measured(names, figure, samples, seed=seed, together=paired and not apart)
 
 
 def _listed(name: str, found: dict[Any, dict[str, Any]]) -> dict[str, Any]:

@@ -98,12 +98,15 @@ class Sides:
         by_slide = None if self.paired else slide_halves(self.real, spots)
         return (halves(self.real, spots), False) if by_slide is None else (by_slide, True)
 
-    def groups(self, spots: Sequence[Spot], *, wide: int | None = None) -> Groups:
-        """`samples.blocks` of synthetic squares: where all are paired, those of the real ones that they follow, so that
-        two paintings of one place are one witness."""
-        if self.paired:
-            return blocks(self.real, self.followed(spots), wide=wide)
-        return blocks(self.synthetic, spots, wide=wide)
+    def groups(
+        self, real: Sequence[Spot], synthetic: Sequence[Spot], *, wide: int | None = None
+    ) -> tuple[Groups, Groups]:
+        """`samples.blocks` of the squares of both sides. Where all are paired, the synthetic ones are in those of the
+        real ones that they follow, with the same numbers, so that two paintings of one place are one witness."""
+        if not self.paired:
+            return blocks(self.real, real, wide=wide), blocks(self.synthetic, synthetic, wide=wide)
+        both = blocks(self.real, [*real, *self.followed(synthetic)], wide=wide)
+        return both[: len(real)], both[len(real) :]
 
 
 def open_all(

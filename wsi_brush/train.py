@@ -1,29 +1,28 @@
 """Verb: slides -> brush. Resumable; a step is a pure function of the weights, its number and the rate.
 
 The first run decodes and embeds the slides into a training pack in the work folder; the same command again goes on
-from the newest checkpoint that verifies. Two checkpoints are kept, each safetensors and JSON with its SHA-256.
+from the newest checkpoint that verifies.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .baselines import System, build
 from .brush import Brush, load_brush, save_brush
-from .commit import check_target, fingerprint, read_manifest, sha256_of, write_json
+from .checkpoint import Checkpoints
+from .commit import check_target, fingerprint, read_manifest
 from .coordinates import KIND as PACK
 from .coordinates import TRAIN_UNTIL, CoordinateSampler, TrainingPack, build_pack, check_room
 from .denoiser import Denoiser, DenoiserConfig
@@ -217,7 +216,7 @@ class Training:
             self._side_by_side = ThreadPoolExecutor(o.shards, initializer=torch.set_num_threads, initargs=(1,))
         self.number, self.seconds, self.saved, self.rate = 0, 0.0, 0.0, 0.0
         self._clock = time.monotonic()
-        self._damaged: set[str] = set()
+        self._checkpoints = Checkpoints(work)
 
     @property
     def progress(self) -> float:
@@ -355,69 +354,36 @@ class Training:
         return fingerprint({"config": plain, "encoder": self.pack.about["fingerprint"], **elsewhere})
 
     def checkpoint(self) -> None:
-        """Write the older of the two generations anew, or the one that was found damaged."""
+        """Write the state as the newest generation."""
         tensors: dict[str, Tensor] = {}
         for prefix, state in (("weights", self.denoiser.state_dict()), ("average", self.average.state_dict())):
             tensors |= {f"{prefix}.{name}": value.detach() for name, value in state.items()}
         for which, optimiser in enumerate(self.optimisers):
             for index, state in optimiser.state_dict()["state"].items():
                 tensors |= {f"{which}.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        ages = {name: (_read_checkpoint(self.work, name) or {"step": -1})["step"] for name in "ab"}
-        generation = min(ages, key=lambda name: -1 if name in self._damaged else ages[name])
-        partial, path = self.work / f"{generation}.partial", self.work / f"checkpoint-{generation}.safetensors"
-        save_file(tensors, partial)
-        os.replace(partial, path)
-        facts = {"step": self.number, "seconds": self.seconds, "identity": self._identity, "sha256": sha256_of(path)}
-        write_json(self.work / f"checkpoint-{generation}.json", facts)
-        self._damaged.discard(generation)
+        self._checkpoints.write(tensors, step=self.number, seconds=self.seconds, identity=self._identity)
         self.saved = self.seconds
 
     def resume(self, tell: Tell) -> None:
-        """Go on from the newest generation that verifies.
+        """Go on from the newest generation that verifies, if there is one.
 
         Raises:
-            RefusedError: if it was made by another configuration, or none verifies.
+            RefusedError: as `Checkpoints.read`.
         """
-        for facts in sorted(
-            filter(None, (_read_checkpoint(self.work, name) for name in "ab")), key=lambda f: -f["step"]
-        ):
-            path = self.work / f"checkpoint-{facts['name']}.safetensors"
-            if not path.is_file() or sha256_of(path) != facts["sha256"]:
-                tell(f"{path}: damaged, trying the generation before")
-                self._damaged.add(facts["name"])
-                continue
-            if facts["identity"] != self._identity:
-                raise RefusedError(
-                    f"{path}: made by another configuration or on another kind of device; choose another --work or "
-                    "remove it"
-                )
-            try:
-                tensors = load_file(path)
-            except SafetensorError as error:
-                raise RefusedError(f"{path}: {error}; remove it and run again") from None
-            for prefix, module in (("weights.", self.denoiser), ("average.", self.average)):
-                part = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
-                module.load_state_dict(part)
-            for which, optimiser in enumerate(self.optimisers):
-                state: dict[int, dict[str, Tensor]] = {}
-                for name, value in tensors.items():
-                    if name.startswith(f"{which}."):
-                        _, index, field = name.split(".")
-                        state.setdefault(int(index), {})[field] = value
-                optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-            self.number, self.seconds = facts["step"], facts["seconds"]
-            self.saved, self._clock = self.seconds, time.monotonic()
-            tell(f"going on from step {self.number}")
+        found = self._checkpoints.read(self._identity, tell)
+        if found is None:
             return
-        if self._damaged:
-            raise RefusedError(
-                f"{self.work}: no checkpoint is whole; remove them to begin anew, or choose another --work"
-            )
-
-
-def _read_checkpoint(work: Path, name: Literal["a", "b"] | str) -> dict[str, Any] | None:
-    path = work / f"checkpoint-{name}.json"
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8")), "name": name}
-    except (OSError, ValueError):
-        return None
+        facts, tensors = found
+        for prefix, module in (("weights.", self.denoiser), ("average.", self.average)):
+            part = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+            module.load_state_dict(part)
+        for which, optimiser in enumerate(self.optimisers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith(f"{which}."):
+                    _, index, field = name.split(".")
+                    state.setdefault(int(index), {})[field] = value
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+        self.number, self.seconds = facts["step"], facts["seconds"]
+        self.saved, self._clock = self.seconds, time.monotonic()
+        tell(f"going on from step {self.number}")
