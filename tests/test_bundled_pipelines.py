@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import make_brush, make_maps
 
+from wsi_brush.brush import load_brush
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.grid import Grid
 from wsi_brush.sides import open_sides
@@ -78,6 +79,16 @@ def test_the_held_out_square_has_tissue_and_nothing_that_was_trained_on(
     assert place.left >= TRAINED
     assert place.left < TRAINED + 64  # the piece ends towards the right: there is more tissue on the left
     assert slide.read(place).mean() < 235
+
+
+def test_a_painting_of_another_brush_is_not_judged_as_this_ones(
+    pipelines: dict[str, ModuleType], swept: dict[str, Any], asked: argparse.Namespace
+) -> None:
+    (painting,) = asked.work.glob("*/steps20-guidance1-seed0/*.ome.zarr")
+    wanted: dict[str, Any] = {"brush_sha256": load_brush().sha256, "guidance": 1.0, "steps": 20}
+    assert pipelines["held_out"].otherwise(painting, wanted) == []
+    changed = wanted | {"brush_sha256": "another", "steps": 5}
+    assert pipelines["held_out"].otherwise(painting, changed) == ["brush", "steps"]
 
 
 def test_every_setting_has_its_row(swept: dict[str, Any], asked: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from conftest import TileStatistics, write_pyramid
 from numpy.typing import NDArray
 
 from wsi_brush.control import Descriptor, control, retrieval
+from wsi_brush.errors import SlideError
 from wsi_brush.samples import Codec
 from wsi_brush.sides import Sides, open_sides
 
@@ -145,6 +146,27 @@ def test_regions_of_many_tiles_are_the_mean_of_sixteen(pixels: NDArray[np.uint8]
     for place in (1024, 768):
         retrieval(sides_of(tmp_path, pixels, pixels), [Counted()], Codec("none"), 1.0, place=place)
     assert seen == [16] * 16
+
+
+def test_a_region_of_which_an_encoder_says_no_numbers_is_no_hit(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    class Odd(Descriptor):
+        def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+            found = super().__call__(tiles)
+            found[-1, 0] = np.nan
+            return found
+
+    with pytest.raises(SlideError, match=r"other\.tif: encoder descriptor gives numbers that are not finite"):
+        retrieval(sides_of(tmp_path, pixels, pixels), [Odd()], Codec("none"), 1.0)
+
+
+def test_the_regions_are_drawn_by_the_seed(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    """100 of 128 µm, of which 64 are asked."""
+    sides = sides_of(tmp_path, pixels[:1280, :1280], np.roll(pixels[:1280, :1280], 40, (0, 1)))
+    options: dict[str, Any] = {"place": 128}
+    found = [retrieval(sides, [Descriptor()], Codec("none"), 1.0, seed=seed, **options)[0] for seed in (0, 1, 1)]
+    assert [(one["n"], one["seed"]) for one in found] == [(64, 0), (64, 1), (64, 1)]
+    assert found[1] == found[2]
+    assert found[0] | {"seed": 1} != found[1]
 
 
 def test_of_two_regions_that_are_alike_neither_is_found(pixels: NDArray[np.uint8], tmp_path: Path) -> None:

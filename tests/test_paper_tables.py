@@ -16,11 +16,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import write_pyramid
 
+from wsi_brush.brush import load_brush
 from wsi_brush.coordinates import TrainingPack
+from wsi_brush.encoder import load_encoder
+from wsi_brush.errors import UsageError
 from wsi_brush.grid import Grid
 from wsi_brush.published import CLIP_SHA256, Network, Networks
 from wsi_brush.slide import open_slide
+from wsi_brush.stages import Painting
+from wsi_brush.synthesize import synthesize_slide
 from wsi_brush.tissue import find_tissue
 
 PIPELINE = Path(__file__).parents[1] / "pipelines" / "paper_tables"
@@ -198,6 +204,36 @@ def test_squares_hold_the_most_tissue_and_share_no_pixel(pipeline: ModuleType, t
     cover = find_tissue(slide).cover(slide.grid.at(256 * slide.mpp))
     theirs = [cover[one.top // 256, one.left // 256] for one in found]
     assert theirs == sorted(cover.ravel().tolist(), reverse=True)[:5]
+
+
+def test_no_square_is_of_glass(pipeline: ModuleType, tissue_slide: Path, tmp_path: Path) -> None:
+    slide = open_slide(tissue_slide)
+    pixels = slide.read(slide.grid)
+    some = np.full_like(pixels, 250)
+    some[256:512, 256:512] = pixels[256:512, 256:512]
+    lone = open_slide(write_pyramid(tmp_path / "lone.tif", [some]))
+    assert pipeline.squares(lone, 256, 4) == [(256, 256, 256, 256)]
+    blank = open_slide(write_pyramid(tmp_path / "blank.tif", [np.full_like(pixels, 250)]))
+    with pytest.raises(UsageError, match="no square of 256 pixels holds tissue"):
+        pipeline.squares(blank, 256, 4)
+
+
+def test_references_have_the_pixel_size_that_the_tables_say(
+    pipeline: ModuleType, tissue_slide: Path, tmp_path: Path
+) -> None:
+    """A slide without a pixel size, whose own is not that of the paintings."""
+    slide = open_slide(tissue_slide)
+    source = write_pyramid(tmp_path / "bare.tif", [slide.read(slide.grid)], mpp=None)
+    tables = tomllib.loads(TABLES) | {"held_out": [{"path": "bare.tif", "assume_mpp": 0.25}]}
+    folder = tmp_path / "256-1-2"
+    painting = Painting(region=(200, 200, 512, 512), mpp=0.5, steps=5)
+    synthesize_slide(
+        source, folder / "bare-0.ome.zarr", painting, brush=load_brush(), encoder=load_encoder("bundled"),
+        assume_mpp=0.25,
+    )  # fmt: skip
+    figures = pipeline.judged(tables, tmp_path, folder, ["bare-0.ome.zarr"], NONE)
+    assert figures["control"] is not None
+    assert not any("no pair" in note for note in figures["notes"])
 
 
 def test_the_largest_batch_is_what_fits_beside_the_first_scene(pipeline: ModuleType) -> None:

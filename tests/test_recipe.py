@@ -139,6 +139,7 @@ def recipe(folder: Path, *, slide: str = "tissue.tif", data: str = SMALL, rest: 
             1,
             "that brush has other sizes",
         ),
+        ({"rest": "[model]\nsystem = 'patches'\n"}, 1, "scenes of 32 pixels at 8 µm are too small"),
         ({"data": ""}, 1, "no slide has 256 x 256 pixels at 2 µm"),  # 1024 of 0.5 µm, of which 0.75 are trained on
         ({"data": "sizes = [768, 384, 192, 96, 64]\nwindow = 64\n"}, 1, "no slide has 64 x 64 pixels at 8 µm"),
         ({"data": "shares = [1, 0, 0, 0, 0]\nsizes = [800, 256, 256, 256, 256]\n"}, 1, "no slide has 800 x 800"),

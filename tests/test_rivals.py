@@ -30,9 +30,10 @@ from wsi_brush.errors import MachineError, RefusedError, UsageError, WsiBrushErr
 from wsi_brush.field import NoiseField
 from wsi_brush.grid import Grid
 from wsi_brush.machine import free_memory
-from wsi_brush.recipe import Optimisation, read_config
+from wsi_brush.recipe import Optimisation, TrainConfig, read_config
 from wsi_brush.scenes import Scenes
 from wsi_brush.slide import open_slide
+from wsi_brush.train import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LADDER = Ladder((0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.1, 0.1, 0.1))
@@ -125,11 +126,19 @@ def test_patches_hear_their_embedding_and_their_pitch_and_no_condition_is_none()
     assert torch.equal(said(one, 1, present=0), said(other, 1, present=0))
 
 
-def test_a_scene_smaller_than_a_patch_is_refused(pack: TrainingPack) -> None:
-    system = Patches(PatchesConfig(dim=DIM, side=64, width=8, levels=2, blocks=1))
+def test_a_patch_is_never_larger_than_a_scene(pack: TrainingPack, tmp_path: Path) -> None:
+    """A quarter of 1024 pixels at 0.5 µm has room for 64 at 2 µm and not at 4."""
+    given: dict[str, Any] = {"data": {"slides": [{"path": "tissue.tif"}], "sizes": [64] * 5, "window": 64, "points": 0}}
+    given["data"]["shares"] = [1, 1, 0, 0, 0]
+    given |= {"model": {"system": "patches", "side": 64, "width": 8, "levels": 2, "blocks": 1}}
+    judged = Training(TrainConfig.model_validate(given), pack, tmp_path).held_out(1)
+    assert [part.split(" µm")[0] for part in judged.split(", ")] == ["0.5", "1", "2"]
+    given["data"] |= {"window": 32, "sizes": [64] * 4 + [32], "shares": [1] * 5}
     with pytest.raises(UsageError) as found:
-        system.losses(LADDER, scenes_of(pack, mpp=8.0), pack.about, Optimisation(), torch.Generator())
-    one_line(found, "32 pixels at 8 µm", "sizes", "64")
+        Training(TrainConfig.model_validate(given), pack, tmp_path)
+    one_line(found, "[data] sizes", "32 pixels at 8 µm", "64 or more")
+    given["data"] |= {"shares": [1, 0, 0, 0, 0]}
+    assert Training(TrainConfig.model_validate(given), pack, tmp_path).number == 0
     for wrong in ({"side": 30}, {"apart": 0}, {"width": 12}, {"apart": 5}):
         with pytest.raises(ValueError, match="expected"):
             PatchesConfig(dim=DIM, **wrong)

@@ -29,7 +29,8 @@ def copied(slide: Slide, path: Path, area: Grid | None = None) -> Path:
 
 def painted(slide: Slide, target: Path, place: Grid, *, fingerprint: str | None = None, mpp: float = 0.5) -> Path:
     """A painting that shows what its reference shows; older ones have no fingerprint."""
-    about = {"synthetic": True, "reference": {"mpp": mpp, "region": [place.top, place.left, *place.shape]}}
+    region = [round(length * place.mpp / mpp) for length in (place.top, place.left, *place.shape)]
+    about = {"synthetic": True, "reference": {"mpp": mpp, "region": region}}
     if fingerprint is not None:
         about["reference"] |= {"fingerprint": fingerprint}  # type: ignore[operator]
     with staged(target, kind="pyramid", about={"format": 1}) as stage:
@@ -99,6 +100,18 @@ class TestSides:
         ours, theirs = sides.groups(real, synthetic)
         assert np.array_equal(ours, blocks(sides.real, real))
         assert np.array_equal(theirs, ours)
+
+    def test_a_coarse_painting_of_all_of_a_slide_ends_where_its_last_pixel_does(
+        self, slide: Slide, tmp_path: Path
+    ) -> None:
+        """1006 pixels of 0.5 µm are 251.5 of 2 µm, and 252 are painted: two of level 0 too many."""
+        odd = open_slide(copied(slide, tmp_path / "odd.tif", Grid(0.5, 0, 0, 1006, 1006)))
+        name = slide_fingerprint(odd.path)[:16]
+        whole = painted(odd, tmp_path / "whole.ome.zarr", Grid(2.0, 0, 0, 252, 252), fingerprint=name)
+        more = painted(odd, tmp_path / "more.ome.zarr", Grid(2.0, 0, 0, 254, 254), fingerprint=name)
+        assert open_sides([odd], [whole]).pairs == [Pair(0, 0, 0.0, 0.0)]
+        sides = open_sides([odd], [more])
+        assert (sides.pairs, sides.notes[0]) == ([], "more.ome.zarr: painted after more than odd.tif holds, so no pair")
 
     def test_a_square_that_is_not_whole_in_a_painting_is_not_looked_at(self, slide: Slide, tmp_path: Path) -> None:
         short = copied(slide, tmp_path / "short.tif", Grid(0.5, 0, 0, slide.grid.height - 1, slide.grid.width))

@@ -248,6 +248,17 @@ def by_tile(encoders: Iterable[TileEncoder]) -> list[list[TileEncoder]]:
     return list(found.values())
 
 
+def finite(vectors: NDArray[np.float32], field: Field, encoder: TileEncoder, mpp: float) -> Vectors:
+    """What an encoder makes of tiles of a field.
+
+    Raises:
+        SlideError: if a number of it is none.
+    """
+    if not np.isfinite(vectors).all():
+        raise SlideError(f"{field.slide.path}: encoder {encoder.name} gives numbers that are not finite at {mpp:g} µm")
+    return vectors.astype(np.float64)
+
+
 def embed_spots(
     fields: Sequence[Field], spots: Sequence[Spot], encoders: Sequence[TileEncoder], codec: Codec, told: Told
 ) -> list[Vectors]:
@@ -260,14 +271,8 @@ def embed_spots(
     batch = min(_BATCH, max(1, _AT_ONCE // encoders[0].tile ** 2))
     for tiles in read_spots(fields, spots, codec, batch=batch):
         for encoder, vectors in zip(encoders, found, strict=True):
-            part = vectors[done : done + len(tiles)]
-            part[:] = encoder(tiles)
-            if not np.isfinite(part).all():
-                field, grid = spots[done]
-                raise SlideError(
-                    f"{fields[field].slide.path}: encoder {encoder.name} gives numbers that are not finite at "
-                    f"{grid.mpp:g} µm"
-                )
+            field, grid = spots[done]
+            vectors[done : done + len(tiles)] = finite(encoder(tiles), fields[field], encoder, grid.mpp)
         done += len(tiles)
         told.add(len(tiles))
     return found

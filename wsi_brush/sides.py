@@ -249,9 +249,8 @@ def _place(real: Slide, synthetic: Slide, made: dict[str, Any] | None) -> Grid |
         if abs(real.mpp / reference.get("mpp", math.inf) - 1) > 1e-3:
             return None
         place = Grid(real.mpp, *reference["region"])
-        if (
-            place.clip(real.grid.pad(1)) != place
-        ):  # a corner is rounded to a pixel of level 0, at most one beyond the end
+        beyond = 1 + math.ceil(synthetic.mpp / real.mpp / 2)  # a pixel of level 0, and half of the painting's last one
+        if place.clip(real.grid.pad(beyond)) != place:
             return None
         place = place.clip(real.grid)
     sizes = [[length * one.mpp for length in one.shape] for one in (place, synthetic.grid)]

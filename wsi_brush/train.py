@@ -24,8 +24,8 @@ from .brush import Brush, load_brush, save_brush
 from .checkpoint import Checkpoints
 from .commit import check_target, fingerprint, read_manifest
 from .coordinates import KIND as PACK
-from .coordinates import TRAIN_UNTIL, CoordinateSampler, TrainingPack, build_pack, check_room
-from .denoiser import Denoiser, DenoiserConfig
+from .coordinates import LADDER, TRAIN_UNTIL, CoordinateSampler, TrainingPack, build_pack, check_room
+from .denoiser import NODE, Denoiser, DenoiserConfig
 from .diffusion import Ladder
 from .embed import terms_of
 from .encoder import Encoder, load_encoder
@@ -161,14 +161,24 @@ def _begun(config: TrainConfig, dim: int) -> Denoiser | System:
     """The network as its training begins; `dim` is the encoder's.
 
     Raises:
-        UsageError, RefusedError: if there is no brush to start from, or it has other sizes.
+        UsageError, RefusedError: if there is no brush to start from, or it has other sizes; if scenes are too small.
         MachineError: if a package that it needs is not installed.
     """
     torch.manual_seed(config.optimisation.seed)
     network = _network(config.model, dim)
+    for mpp, size, share in zip(LADDER, config.data.sizes, config.data.shares, strict=True):
+        if share and size < _least(network):
+            raise UsageError(
+                f"[data] sizes: scenes of {size} pixels at {mpp:g} µm are too small to be trained on; expected "
+                f"{_least(network)} or more, or no share of them"
+            )
     if config.optimisation.start is not None:
         _start_from(load_brush(config.optimisation.start), network)
     return network
+
+
+def _least(network: Denoiser | System) -> int:
+    return network.least if isinstance(network, System) else NODE
 
 
 def _losses(network: Denoiser | System, *given: Any) -> tuple[Tensor, Tensor]:
@@ -317,7 +327,7 @@ class Training:
     def _held_out(self, level: int) -> CoordinateSampler | None:
         data = self.config.data
         pitches = len(self.ladder.pitches)
-        for size in (256, 128, 64, 32):
+        for size in (one for one in (256, 128, 64, 32) if one >= _least(self.denoiser)):
             side = min(size, data.window)
             try:
                 return CoordinateSampler(

@@ -12,7 +12,7 @@ Killed, the same command goes on.
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wsi_brush.brush import load_brush
 from wsi_brush.control import PLACE, retrieval
@@ -57,6 +57,12 @@ def target_of(slide: Slide, folder: Path) -> Path:
     return folder / f"{slide.path.stem}.ome.zarr"
 
 
+def otherwise(target: Path, wanted: dict[str, Any]) -> list[str]:
+    """What of a painting is not as wanted, by what it says of itself."""
+    made = painted_after(target) or {}
+    return [name.removesuffix("_sha256") for name, value in wanted.items() if made.get(name) != value]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
@@ -76,6 +82,7 @@ def main() -> None:
     brush, data = load_brush(arguments.brush), read_config(arguments.recipe).data
     encoder = load_encoder(brush.about["encoder"])
     arguments.work.mkdir(parents=True, exist_ok=True)
+    wanted = {"brush_sha256": brush.sha256, "guidance": arguments.guidance, "steps": Painting.steps}
     real, painted = [], []
     for slide, region, assume_mpp in held_out(data, arguments.slides):
         target = target_of(slide, arguments.work)
@@ -85,8 +92,8 @@ def main() -> None:
                 encoder=encoder, assume_mpp=assume_mpp,
             )  # fmt: skip
             print(f"{target.name}: {done.shape[0]} x {done.shape[1]} in {done.seconds:.0f} s", flush=True)
-        elif (painted_after(target) or {}).get("guidance") != arguments.guidance:
-            parser.error(f"{target}: was painted with another guidance; give another --work")
+        elif other := otherwise(target, wanted):
+            parser.error(f"{target}: was painted with another {' and '.join(other)}; give another --work")
         real.append(slide)
         painted.append(target)
     sides = open_sides(real, painted)

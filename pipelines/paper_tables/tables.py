@@ -15,6 +15,7 @@ so. A system's `sizes` in the tables' file say what it paints, where that is not
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ from wsi_brush.machine import keep_memory, peak_memory
 from wsi_brush.published import Networks, find_networks
 from wsi_brush.recipe import TrainConfig, checked, read_toml
 from wsi_brush.report import write_report
+from wsi_brush.scratch import WORK
 from wsi_brush.sides import open_sides
 from wsi_brush.slide import Slide, open_slide
 from wsi_brush.stages import Painting
@@ -45,6 +47,7 @@ from wsi_brush.tissue import find_tissue
 from wsi_brush.train import Training, train_brush, training_pack
 
 MPP = 0.5
+LEAST = 0.1  # tissue of a square, part of it
 GUIDANCE = 2.0  # of all systems, as in RESULTS.md
 OURS = "ours"
 PUBLISHED = {"clip": "clip", "crop": "inception"}
@@ -94,7 +97,8 @@ def trained(tables: dict[str, Any], system: str, slides: Path, work: Path, devic
 def squares(slide: Slide, size: int, count: int) -> list[tuple[int, int, int, int]]:
     """The squares of `size` pixels at MPP with the most tissue that share no pixel: level-0 (top, left, height, width).
 
-    Of a lattice that begins in the slide's corner, so that every system is given the same.
+    Of a lattice that begins in the slide's corner, so that every system is given the same. Where fewer than `count` are
+    tissue to a tenth there are fewer: nothing can be said of glass.
 
     Raises:
         UsageError: if it has none.
@@ -105,6 +109,9 @@ def squares(slide: Slide, size: int, count: int) -> list[tuple[int, int, int, in
         raise UsageError(f"{slide.path}: has no square of {size} pixels at {MPP:g} µm; paint smaller ones after it")
     cover = find_tissue(slide).cover(Grid(side, 0, 0, rows, columns))
     best = np.argsort(-cover, axis=None, kind="stable")[:count]
+    best = best[cover.flat[best] >= LEAST]
+    if not len(best):
+        raise UsageError(f"{slide.path}: no square of {size} pixels holds tissue; take it out of held_out")
     pixels = round(side / slide.mpp)
     return [(round(y * side / slide.mpp), round(x * side / slide.mpp), pixels, pixels)
             for y, x in zip(*np.unravel_index(best, cover.shape), strict=True)]  # fmt: skip
@@ -124,6 +131,7 @@ def painted(
             target = folder / f"{slide.path.stem}-{number}.ome.zarr"
             if target.name in seconds:
                 continue
+            shutil.rmtree(folder / f"{WORK}{target.name}", ignore_errors=True)  # its seconds are to be of all of it
             painting = Painting(
                 region=region, mpp=MPP, seed=tables["seed"] + number, steps=tables["steps"], guidance=GUIDANCE,
                 memory=16 * 10**9, device=device,
@@ -157,9 +165,9 @@ def judged(
         found = dict(json.loads((target / "report.json").read_text(encoding="utf-8")))
         if asked_of(found) == wanted:
             return found
-    assumed = {Path(one["path"]).stem: one for one in tables["held_out"]}
-    real = [slides / assumed[name.rsplit("-", 1)[0]]["path"] for name in names]
-    sides = open_sides(real, [folder / name for name in names], assume_mpp=MPP)
+    opened = {Path(one["path"]).stem: open_slide(slides / one["path"], assume_mpp=one.get("assume_mpp"))
+              for one in tables["held_out"]}  # fmt: skip
+    sides = open_sides([opened[name.rsplit("-", 1)[0]] for name in names], [folder / name for name in names])
     encoders = [load_encoder(name) for name in judges(tables["encoder"])]
     figures = evaluate_slides(sides, encoders=encoders, seed=tables["seed"], networks=networks)
     write_report(target, sides, figures, overwrite=target.exists())

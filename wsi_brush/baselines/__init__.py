@@ -51,6 +51,11 @@ class System(nn.Module, ABC):
     sizes: ClassVar[type[Any]]
     config: Any
 
+    @property
+    def least(self) -> int:
+        """Pixels of a side of the smallest scene that it can be trained on."""
+        return 1
+
     @abstractmethod
     def losses(
         self, ladder: Ladder, scenes: Scenes, about: dict[str, Any], drawing: Drawing, generator: torch.Generator

@@ -21,7 +21,6 @@ from torch.nn import functional
 
 from ..condition import ConditionMap
 from ..diffusion import Ladder, Move, coefficients, loss, moves
-from ..errors import UsageError
 from ..field import NoiseField
 from ..grid import Grid
 from ..objective import Drawing, conditions
@@ -160,22 +159,19 @@ class Patches(System):
 
     # -- training ------------------------------------------------------------------------------------------
 
+    @property
+    def least(self) -> int:
+        """Pixels of a side of a patch."""
+        return self.config.side
+
     def losses(
         self, ladder: Ladder, scenes: Scenes, about: dict[str, Any], drawing: Drawing, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Of patches at random places of the scenes, as many as fill the window; there are no scattered points.
 
         Noise is drawn from the ladder's whole range, as one pitch does all of it.
-
-        Raises:
-            UsageError: if a scene is smaller than a patch.
         """
         side, n, size = self.config.side, len(scenes.windows), scenes.size
-        if size < side:
-            raise UsageError(
-                f"patches: scenes of {size} pixels at {scenes.mpp:g} µm are smaller than a patch; give `sizes` from "
-                f"{side} on"
-            )
         count = max(1, (scenes.window // side) ** 2)
         scene = torch.arange(n).repeat_interleave(count)
         corner = torch.randint(size - side + 1, (n, count, 2), generator=generator)
