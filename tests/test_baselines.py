@@ -61,7 +61,7 @@ def brushes(pack: TrainingPack, tmp_path_factory: pytest.TempPathFactory) -> dic
     torch.set_num_threads(1)
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_pack", lambda *given: pack)
+        patch.setattr(train, "training_pack", lambda *given: pack)
         for name in FUNCTIONS:
             folder = tmp_path_factory.mktemp(name)
             made = train_brush(config_of(name), folder / "brush", work=folder / "work", tell=lambda line: None)

@@ -34,6 +34,7 @@ from .texture import DESCRIPTOR, descriptor
 PLACE = 512.0
 """µm: side of the regions among which the own reference is looked for."""
 _APART, _LEAST = 16, 8  # tiles: of fewer, they may overlap; of fewer still, nothing is said
+_FAR, _DEAD = 3.0, 0.01  # spreads, as the brush hears them; part of the median spread
 
 
 def control(
@@ -109,9 +110,11 @@ def _mean(name: str, cosine: Vectors, groups: Groups, seed: int) -> dict[str, fl
 
 
 def _standard(ours: Vectors, real: Vectors) -> tuple[Vectors, Vectors]:
-    """Both in units of the real side's spread, of length 1."""
-    mean, spread = real.mean(0), np.maximum(real.std(0), 1e-6)
-    found = [(side - mean) / spread for side in (ours, real)]
+    """Both in units of the real side's spread, none further than `_FAR`, of length 1; numbers that hardly vary there
+    are left out. Else the few in which tissue does not differ, or few tiles by chance, would be all that is heard."""
+    mean, spread = real.mean(0), real.std(0)
+    heard = spread > _DEAD * np.median(spread)
+    found = [((side - mean)[:, heard] / spread[heard]).clip(-_FAR, _FAR) for side in (ours, real)]
     ours, real = (side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in found)
     return ours, real
 

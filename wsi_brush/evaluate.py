@@ -9,23 +9,28 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Any
+
+import numpy as np
+import torch
 
 from . import __version__
 from .borders import crops, gradients
 from .control import Descriptor, control
 from .copying import copying
-from .embed import TileEncoder
+from .embed import TileEncoder, slide_fingerprint
 from .errors import UsageError
 from .likeness import distribution, see, texture, through_thumbnails
 from .progress import Tell
 from .published import Networks, published
 from .samples import Codec, Field, common_pitch, shows
-from .sides import Sides
+from .sides import Sides, painted_after
 from .slide import Slide
 
 SCALES = (0.5, 2.0, 8.0)
 """µm per pixel: detail, tissue, layout."""
+_PAINTED = ("brush_sha256", "seed", "steps", "guidance", "solver", "system", "reference", "label", "versions")
 
 
 def check_encoders(encoders: Sequence[TileEncoder]) -> None:
@@ -67,7 +72,9 @@ def evaluate_slides(
         "format": 3, "wsi_brush": __version__, "seed": seed, "codec": one_codec.word, "most": most,
         "encoders": [{"name": one.name, "fingerprint": one.fingerprint, "dim": one.dim, "tile": one.tile}
                      for one in encoders],
+        "versions": {"torch": torch.__version__, "numpy": np.__version__}, "date": str(date.today()),
         "real": [_said(one) for one in sides.real], "synthetic": [_said(one) for one in sides.synthetic],
+        "pairs": [{"real": one.real, "synthetic": one.synthetic} for one in sides.pairs],
         "scales": {one.name: {} for one in encoders},
     }  # fmt: skip
     for mpp in scales:
@@ -97,7 +104,13 @@ def evaluate_slides(
 
 def _warnings(sides: Sides, encoders: Sequence[TileEncoder]) -> list[str]:
     """What must be known of the encoders, and of sides that are not paired, before figures are believed."""
-    found = []
+    found = [
+        f"{one.name}: on the real side, and says that it is synthetic; all that is called real is of it too"
+        for one in sides.real
+        if one.slide.synthetic
+    ]
+    both = {one.slide.path.resolve() for one in sides.real} & {one.slide.path.resolve() for one in sides.synthetic}
+    found += [f"{path.name}: on both sides, so it is compared with itself" for path in sorted(both)]
     trained_with = {made.get("encoder_fingerprint"): made.get("encoder") for made in sides.brushes}
     for encoder in encoders:
         if encoder.fingerprint in trained_with:
@@ -124,8 +137,11 @@ def _warnings(sides: Sides, encoders: Sequence[TileEncoder]) -> list[str]:
 
 
 def _said(one: Field) -> dict[str, Any]:
-    return {
-        "name": one.name, "mpp": round(one.slide.mpp, 5), "mpp_source": one.slide.mpp_source,
-        "synthetic": one.slide.synthetic, "area": [one.area.top, one.area.left, *one.area.shape],
-        "tissue": round(float(one.tissue.mean()), 4),
+    """What a report says of a field: by its fingerprint its file is known again, wherever it is."""
+    found: dict[str, Any] = {
+        "name": one.name, "fingerprint": slide_fingerprint(one.slide.path)[:16], "mpp": round(one.slide.mpp, 5),
+        "mpp_source": one.slide.mpp_source, "synthetic": one.slide.synthetic,
+        "area": [one.area.top, one.area.left, *one.area.shape], "tissue": round(float(one.tissue.mean()), 4),
     }  # fmt: skip
+    made = painted_after(one.slide.path) or {}
+    return found | ({"painted": {name: made[name] for name in _PAINTED if name in made}} if made else {})

@@ -69,6 +69,8 @@ def measured(
         before = "" if start == "value" else f"{start}_"
         for name, value, low, high in zip(names, values, *edges, strict=True):
             limits = _LIMITS.get(name, (0.0, math.inf))
+            if low == high:  # as of a share of nothing or of all: drawn again it is the same, and that is no certainty
+                low = high = None
             found[name] |= {start: number(value)}
             found[name] |= {f"{before}{k}": number(v, limits) for k, v in (("low", low), ("high", high))}
         about[f"{before}n"] = [len(one.values) for one in pair or ()]
@@ -205,9 +207,9 @@ def compared(samples: Samples, *, seed: int) -> dict[str, Any]:
     """Fréchet and kernel distance of vectors; in place of the former, why not, where they have no covariance."""
     sets = [one.values for pair in samples.values() for one in pair or ()]
     count, dim = min(map(len, sets)), sets[0].shape[1]
-    few = {"missing": f"{count} tiles of {dim} numbers have no covariance; see the kernel distance"}
-    draws = 100 if dim <= _WIDE else 0
-    found = measured(["frechet"], frechet, samples, seed=seed, draws=draws) if count >= 1.25 * dim else {"frechet": few}
+    need, draws = math.ceil(1.25 * dim), 100 if dim <= _WIDE else 0
+    few = {"missing": f"{count} tiles; of {dim} numbers {need} are needed for a covariance; see the kernel distance"}
+    found = {"frechet": few} if count < need else measured(["frechet"], frechet, samples, seed=seed, draws=draws)
     return found | measured(["kernel"], kernel_distance, samples, seed=seed)
 
 

@@ -38,7 +38,8 @@ def write_report(target: Path, sides: Sides, figures: dict[str, Any], *, overwri
     page = template.render(
         figures=figures, pictures=[_pictures(sides, pair) for pair in shown[:_SHOWN]], worst=_worst(sides, figures),
         curves=Markup(_curves(figures["texture"])), areas=Markup(_areas(figures["texture"])),
-        copies=_copies(sides, figures["copying"]), correlations=Markup(_correlations(figures["copying"])),
+        worst_in=_worst_in(figures), copies=_copies(sides, figures["copying"]),
+        correlations=Markup(_correlations(figures["copying"])),
     )  # fmt: skip
     with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
         (stage / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
@@ -52,11 +53,14 @@ def _pictures(sides: Sides, pair: Pair) -> dict[str, Any]:
     real, synthetic = sides.real[pair.real], sides.synthetic[pair.synthetic]
     title = f"{real.name} and {synthetic.name}" + ("" if sides.pairs else " (no pair: each at its own middle)")
     wholes = [one.area.at(one.slide.mpp * max(1.0, max(one.area.shape) / (_SIDE - 1))) for one in (real, synthetic)]
-    zooms = [[_view(one, area, "the whole, ") for one, area in zip((real, synthetic), wholes, strict=True)]]
+    rows: list[tuple[str, list[Grid]]] = [("the whole, ", wholes)]
     for mpp, side in _ZOOMS:
         mpp = max(mpp, real.slide.mpp, synthetic.slide.mpp)
         held = [*real.area.whole_cells(mpp).shape, *synthetic.area.whole_cells(mpp).shape]
-        zooms.append([_view(one, _middle(one, mpp, min(side, *held))) for one in (real, synthetic)])
+        rows.append(("", [_middle(one, mpp, min(side, *held)) for one in (real, synthetic)]))
+    seen = [(what, areas) for what, areas in rows if min(min(area.shape) for area in areas)]
+    fields = (real, synthetic)
+    zooms = [[_view(one, area, what) for one, area in zip(fields, areas, strict=True)] for what, areas in seen]
     return {"title": title, "zooms": zooms}
 
 
@@ -83,8 +87,14 @@ def _worst(sides: Sides, figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         there, here = (Grid(float(mpp), one[name][0], one[name][1], side, side) for name in ("there", "place"))
         real, ours = sides.real[one["real"]].slide.read(there), sides.synthetic[one["synthetic"]].slide.read(here)
         place = f"{sides.synthetic[one['synthetic']].name}, row {one['place'][0]}, column {one['place'][1]}"
-        found.append((_coded(real), _coded(ours), f"cosine {one['cosine']}; {place}"))
+        found.append((_coded(real), _coded(ours), f"cosine {one['cosine']:.3f}; {place}"))
     return found
+
+
+def _worst_in(figures: dict[str, Any]) -> str:
+    """Which encoder says so, at which scale."""
+    first = figures["encoders"][0]["name"]
+    return "" if not figures["control"] else f"{first}, {next(iter(figures['control'][first]['cosine']))} µm per pixel"
 
 
 def _copies(sides: Sides, copying: dict[str, Any] | None) -> list[tuple[str, str, str]]:
@@ -99,7 +109,7 @@ def _copies(sides: Sides, copying: dict[str, Any] | None) -> list[tuple[str, str
             views.append(slide.read(Grid(mpp, *places, *[round(one["side"] / mpp)] * 2)))
         found.append(
             (_coded(views[0]), _coded(turned(views[1], one["turn"])),
-             f"correlation {one['correlation']}; {ours.name}, and {theirs.path.name}")
+             f"correlation {one['correlation']:.3f}; {ours.name}, and {theirs.path.name}")
         )  # fmt: skip
     return found
 
