@@ -487,6 +487,15 @@ def test_who_knows_the_noise_paints_the_image() -> None:
     torch.testing.assert_close(found[inner], image[0][inner], rtol=0, atol=0.02)
 
 
+def test_no_image_on_the_way_goes_beyond_white_or_black() -> None:
+    rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(80.0), indexing="ij")
+    image = (1.6 * torch.sin(rows / 5) * torch.cos(columns / 7)).expand(1, 3, -1, -1)
+    found = Oracle(image).paint([], Grid(0.5, 3, 5, 64, 80), LADDER, seed=1, steps=10, guidance=1.0)
+    smooth = mollify(image, 1.0)[0]
+    assert (smooth.abs() > 1.1).float().mean() > 0.1
+    torch.testing.assert_close(found, wiener(smooth.clamp(-1, 1), 1.0), rtol=0, atol=1e-3)
+
+
 def test_a_canvas_that_is_no_multiple_of_the_nodes_is_painted() -> None:
     brush = Brush(shaken("infty-brush").eval().requires_grad_(False), LADDER, {})
     assert isinstance(brush.network, System)

@@ -90,6 +90,7 @@ class TestGradients:
         sides = sides_of(tmp_path, pixels, pixels)
         some = [gradients(sides, seed=seed)[1] for seed in (0, 0, 1)]
         assert some[0] == some[1] != some[2]
+        assert some[0]["ratio"]["value"] != some[2]["ratio"]["value"]  # the seed decides which squares are drawn
         assert [(one["squares"], *one["ratio"]["n"]) for one in some] == [(64, 16, 16)] * 3
 
     def test_a_seam_of_one_grey_level_is_seen_beside_a_slide_without_it(

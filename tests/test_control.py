@@ -10,7 +10,7 @@ import pytest
 from conftest import TileStatistics, write_pyramid
 from numpy.typing import NDArray
 
-from wsi_brush.control import Descriptor, control, retrieval
+from wsi_brush.control import Descriptor, _ranked, control, retrieval
 from wsi_brush.errors import SlideError
 from wsi_brush.samples import Codec
 from wsi_brush.sides import Sides, open_sides
@@ -167,6 +167,45 @@ def test_the_regions_are_drawn_by_the_seed(pixels: NDArray[np.uint8], tmp_path: 
     assert [(one["n"], one["seed"]) for one in found] == [(64, 0), (64, 1), (64, 1)]
     assert found[1] == found[2]
     assert found[0] | {"seed": 1} != found[1]
+
+
+def test_the_sixteen_are_spread_over_the_region(tmp_path: Path) -> None:
+    """16 x 16 tiles whose red tells the column and whose blue the row."""
+    rows, columns = np.mgrid[:2048, :2048] // 128
+    numbered = np.stack([200 + columns, np.full_like(rows, 110), 160 + rows], -1).astype(np.uint8)
+    seen: list[list[tuple[int, int]]] = []
+
+    class Noted(TileStatistics):
+        def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+            seen.append([(int(tile[0, 0, 2]) - 160, int(tile[0, 0, 0]) - 200) for tile in tiles])
+            return super().__call__(tiles)
+
+    retrieval(sides_of(tmp_path, numbered, numbered), [Noted()], Codec("none"), 1.0, place=1024)
+    assert seen[:2] == seen[4:6] == [
+        [(row, first + column) for row in (0, 2, 4, 6) for column in (0, 2, 4, 6)] for first in (0, 8)
+    ]  # fmt: skip
+
+
+def test_a_half_of_a_real_region_looks_for_its_other_half(tmp_path: Path) -> None:
+    """16 regions of 2 x 2 tiles on whose white squares stands what the next one has on its black ones."""
+    colours = np.array([200, 110, 165]) + np.random.default_rng(0).integers(-25, 25, (16, 3))
+    region = np.arange(16).reshape(4, 4).repeat(2, 0).repeat(2, 1)
+    white = np.indices((8, 8)).sum(0) % 2
+    board = colours[(region + white) % 16].astype(np.uint8).repeat(128, 0).repeat(128, 1)
+    (found,) = retrieval(sides_of(tmp_path, board, board), [TileStatistics()], Codec("none"), 1.0, place=256)
+    assert (found["regions"], found["top1"], found["real"]) == (16, 1, 0)
+
+
+@pytest.mark.parametrize(("between", "share"), [(2.4, 1), (2.6, 0)])
+def test_of_the_five_nearest_the_sixth_is_none(between: float, share: float) -> None:
+    """Twelve regions on a circle; what asks stands so many steps beside its own, which is the fifth or the sixth."""
+
+    def tiles(steps: float) -> NDArray[np.float64]:
+        turns = 2 * np.pi * (np.arange(12) + steps) / 12
+        return np.stack([np.cos(turns), np.sin(turns)], -1)[:, None]
+
+    found = _ranked(tiles(between), tiles(0), range(12))
+    assert (found["top1"], found["top5"]) == (0, share)
 
 
 def test_of_two_regions_that_are_alike_neither_is_found(pixels: NDArray[np.uint8], tmp_path: Path) -> None:

@@ -180,6 +180,16 @@ def test_at_most_one_in_a_hundred_is_above_the_limit() -> None:
         assert 0.0005 < exponential.mean() < 0.002
 
 
+def test_no_held_out_tile_is_judged_by_itself_or_its_neighbours() -> None:
+    """One block of eight is nearer to the training slides than all others: by its own tiles, none of it would be."""
+    scores, groups = np.random.default_rng(0).uniform(0.2, 0.4, 96), np.arange(96) // 12
+    scores[groups == 5] += 0.4
+    found = copying._compared(list(scores), [0.3] * 20, (groups, np.arange(20)), [], 0)
+    assert found["threshold"] > scores.max() - 1e-4
+    assert found["share"]["value"] == 0
+    assert found["share"]["floor"] == 12 / 96
+
+
 @pytest.mark.parametrize("how", ["named", "copied", "saved anew"])
 def test_a_training_slide_is_not_held_out(kin: Path, tmp_path: Path, how: str) -> None:
     real = kin / "training.tif"

@@ -18,8 +18,10 @@ from PIL import Image
 
 from wsi_brush import commit
 from wsi_brush.control import Descriptor
+from wsi_brush.coordinates import turned
 from wsi_brush.errors import RefusedError, UsageError
 from wsi_brush.evaluate import evaluate_slides
+from wsi_brush.grid import Grid
 from wsi_brush.report import write_report
 from wsi_brush.sides import open_sides
 from wsi_brush.slide import open_slide
@@ -123,6 +125,28 @@ def test_captions_say_what_is_shown(report: Path, slides: tuple[Path, Path], tmp
         ]
 
 
+def test_the_nearest_training_tile_is_turned_as_the_painting_is(
+    report: Path, slides: tuple[Path, Path], tmp_path: Path
+) -> None:
+    sides, slide = open_sides(slides[:1], slides[1:]), open_slide(slides[0])
+    sides.training = [slide]
+    worst = [
+        {"correlation": 0.9, "synthetic": 0, "place": [200, 180], "training": 0, "there": [150, 170], "side": 64,
+         "turn": turn} for turn in range(8)
+    ]  # fmt: skip
+    figures = json.loads((report / "report.json").read_text("utf-8"))
+    figures["copying"] = {"training": [slide.path.name], "until": 1.0, "missing": "few tiles", "worst": worst}
+    write_report(tmp_path / "copies", sides, figures)
+    page = (tmp_path / "copies" / "report.html").read_text("utf-8")
+    shown = re.findall(r'base64,([^"]+)"><figcaption>nearest in training', page)
+    plain = slide.read(Grid(0.5, 300, 340, 128, 128)).astype(float)
+    for turn, data in enumerate(shown):
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            apart = [np.abs(np.asarray(image) - turned(plain, other)).mean() for other in range(8)]
+        assert np.argmin(apart) == turn, apart
+    assert len(shown) == 8
+
+
 def test_the_same_seed_the_same_figures(slides: tuple[Path, Path]) -> None:
     def figures(seed: int) -> dict[str, Any]:
         found = evaluate_slides(open_sides(slides[:1], slides[1:]), encoders=[TileStatistics()], most=64, seed=seed)
@@ -132,6 +156,19 @@ def test_the_same_seed_the_same_figures(slides: tuple[Path, Path]) -> None:
     first = figures(1)
     assert first == figures(1)
     assert first["scales"]["statistics"]["0.5"] != figures(2)["scales"]["statistics"]["0.5"]
+
+
+def test_control_is_of_256_tiles_at_most(slides: tuple[Path, Path]) -> None:
+    class Small(TileStatistics):
+        name, dim, tile = "small", 6, 32
+
+        def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+            plain = tiles.astype(np.float32) / 255
+            return np.concatenate([plain.mean((1, 2)), plain.std((1, 2))], 1)
+
+    figures = evaluate_slides(open_sides(slides[:1], slides[1:]), encoders=[Small()], most=260)
+    assert figures["scales"]["small"]["0.5"]["real"] == 260
+    assert figures["control"]["small"]["cosine"]["0.5"]["n"] == 256
 
 
 def test_the_codec_draws_no_lattice(slides: tuple[Path, Path]) -> None:

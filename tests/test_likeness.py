@@ -16,10 +16,11 @@ from wsi_brush import likeness
 from wsi_brush.control import Descriptor
 from wsi_brush.distances import frechet, overlap
 from wsi_brush.errors import SlideError
-from wsi_brush.likeness import Rows, distribution, measured, see, texture, through_thumbnails
+from wsi_brush.likeness import Rows, distribution, measured, see, texture, through_thumbnails, thumbnail
 from wsi_brush.samples import Codec, common_pitch
 from wsi_brush.sides import Sides, open_sides
 from wsi_brush.slide import open_slide
+from wsi_brush.texture import find_nuclei, nuclear_threshold
 
 PLAIN = Codec("none")
 
@@ -101,6 +102,39 @@ class TestDistribution:
         shrunk = through_thumbnails(sides, seen, Descriptor(), PLAIN)
         assert shrunk is not None
         assert not np.array_equal(shrunk[seen.parts[1]], seen.vectors[0][seen.parts[1]])
+
+    def test_thumbnails_go_through_the_codec_as_tiles_do(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        sides, coarse = sides_of(tmp_path, pixels, pixels), Codec("jpeg:20")
+        (seen,) = see(sides, 0.5, [TileStatistics()], coarse, most=64, seed=0)
+        shrunk = through_thumbnails(sides, seen, TileStatistics(), coarse, 2)
+        assert shrunk is not None
+        spots = [seen.spots[0][number] for number in seen.parts[1]]
+        plain = [thumbnail(sides.real[spot.field].slide, spot.grid, 2) for spot in spots]
+        assert np.array_equal(shrunk[seen.parts[1]], TileStatistics()(np.stack([coarse(tile) for tile in plain])))
+
+    def test_a_slide_as_small_as_its_thumbnail_hides_no_other(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        """Of a large slide and a small one, which comes last and is shown whole."""
+        options: dict[str, Any] = {"compression": "zlib", "compressionargs": {}}
+        paths = [
+            write_pyramid(tmp_path / f"{name}.tif", [pixels[300 : 300 + side, 300 : 300 + side]], **options)
+            for name, side in (("large", 640), ("small", 320))
+        ]
+        sides = open_sides(paths, paths)
+        (seen,) = see(sides, 0.5, [TileStatistics()], PLAIN, most=1024, seed=0)
+        fields = np.array([seen.spots[0][number].field for number in seen.parts[1]])
+        assert fields[0] == 0 < fields[-1]
+        shrunk = through_thumbnails(sides, seen, TileStatistics(), PLAIN)
+        assert shrunk is not None
+        same = np.isclose(shrunk, seen.vectors[0])[seen.parts[1]].all(1)
+        assert np.array_equal(same, fields == 1)
+
+    def test_the_seed_decides_which_tiles_are_compared(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+        sides = sides_of(tmp_path, pixels, blurred(pixels))
+        (seen,) = see(sides, 0.5, [TileStatistics()], PLAIN, most=64, seed=0)
+        assert len(seen.parts[0]) != len(seen.parts[1])  # else all of both are compared
+        first, again, other = (distribution(sides, seen, seed=seed)["kernel"] for seed in (0, 0, 1))
+        assert first == again
+        assert (first["value"], first["floor"]) != (other["value"], other["floor"])
 
     def test_what_was_left_blank_is_looked_at(self, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
         torn = pixels.copy()
@@ -261,6 +295,23 @@ class TestTexture:
         assert min(found["stain"]["distance"]) > 0.02
         assert found["stain"]["mean"][1] < found["stain"]["mean"][0]
 
+    def test_nuclei_of_both_sides_are_those_above_the_real_sides_threshold(
+        self, full: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        """A side that is paler all over has fewer; by a threshold of its own it would have as many."""
+        real = full[:512, :512]
+        pale = (255 - (255 - real.astype(float)) * 0.6).astype(np.uint8)
+        found = texture(sides_of(tmp_path, real, pale), PLAIN, mpp=0.5, seed=0)
+        assert found["window"] == 256
+        sides = [
+            [side[row : row + 256, column : column + 256] for row in (0, 256) for column in (0, 256)]
+            for side in (real, pale)
+        ]
+        threshold = nuclear_threshold(sides[0], 0.5)
+        counts = [sum(find_nuclei(window, 0.5, threshold).count for window in side) for side in sides]
+        assert [found["nuclei"][name]["count"] for name in ("real", "synthetic")] == counts
+        assert counts[1] < 0.7 * counts[0]
+
     def test_what_has_nothing_of_an_octave_is_none_and_no_infinity(
         self, full: NDArray[np.uint8], tmp_path: Path
     ) -> None:
@@ -269,7 +320,10 @@ class TestTexture:
         found = texture(sides, PLAIN, mpp=0.5, seed=0)
         assert found["octaves"]["ratio"][0] is None
         assert found["octaves"]["ratio"][1] > 0
-        assert found["nuclei"]["area_distance"]["value"] is None or found["nuclei"]["area_distance"]["value"] >= 0
+        nuclei = found["nuclei"]
+        wider = nuclei["real"]["median_area"] - nuclei["synthetic"]["median_area"]  # of four times the area
+        assert nuclei["area_distance"]["value"] == pytest.approx(wider, rel=0.2)
+        assert nuclei["area_distance"]["value"] > 4 * nuclei["area_distance"]["floor"]
         json.dumps(found, allow_nan=False)
 
     def test_nuclei_are_not_looked_for_where_they_are_a_pixel(self, full: NDArray[np.uint8], tmp_path: Path) -> None:

@@ -46,6 +46,20 @@ def test_a_step_has_the_size_of_adamws() -> None:
         assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
 
 
+def test_a_step_follows_the_gradients_before_it() -> None:
+    """Nesterov's momentum of 0.95: after two gradients, 0.9025 of the first and 1.95 of the second."""
+    first, second = torch.randn(2, 30, 40, generator=torch.Generator().manual_seed(0))
+    weight = nn.Parameter(torch.zeros(30, 40))
+    muon = Muon([weight], rate=1.0, decay=0.0)
+    for gradient in (first, second):
+        weight.grad = gradient
+        before = weight.detach().clone()
+        muon.step()
+    step = before - weight.detach()
+    expected = orthogonalised((0.9025 * first + 1.95 * second)[None])[0] * 0.2 * 40**0.5
+    torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_every_weight_has_one_optimiser_and_vectors_do_not_decay() -> None:
     denoiser = Denoiser(DenoiserConfig(dim=24, width=24, heads=2))
     muon, adam = optimisers(denoiser, rate=1e-3, decay=0.01)

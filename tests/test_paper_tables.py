@@ -24,6 +24,7 @@ from wsi_brush.encoder import load_encoder
 from wsi_brush.errors import UsageError
 from wsi_brush.grid import Grid
 from wsi_brush.published import CLIP_SHA256, Network, Networks
+from wsi_brush.sides import painted_after
 from wsi_brush.slide import open_slide
 from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_slide
@@ -139,7 +140,8 @@ def test_the_paintings_are_of_the_squares_and_judged_in_pairs(
     made: list[str], pipeline: ModuleType, asked: argparse.Namespace
 ) -> None:
     (report,) = asked.work.glob("ours/*/256-2-2-report/report.json")
-    assert len(list(report.parents[1].glob("256-2-2/*.ome.zarr"))) == 2
+    paintings = [painted_after(path) or {} for path in sorted(report.parents[1].glob("256-2-2/*.ome.zarr"))]
+    assert [one["seed"] for one in paintings] == [3, 4]  # one noise for two squares of a slide would be one witness
     figures = json.loads(report.read_text(encoding="utf-8"))
     assert figures["control"] is not None  # each painting was found on its slide
     assert [one["name"] for one in figures["encoders"]] == ["bundled", "judge"]

@@ -412,6 +412,22 @@ def test_fixed_guides_as_the_brush_does(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(thrice, 3 * once - 2 * none, rtol=1e-3, atol=1e-3)
 
 
+def test_fixed_is_told_the_size_of_the_small_images_pixels(pack: TrainingPack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 pixels of 1 µm for a scene of 64 of 0.5 µm from which it learns, and of 2 µm for a canvas of 128."""
+    system, told = Fixed(TINY).eval(), list[float]()
+    velocity = system.velocity
+
+    def noted(x: Tensor, time: Tensor, mpp: float, tokens: Tensor) -> Tensor:
+        told.append(mpp)
+        return velocity(x, time, mpp, tokens)
+
+    monkeypatch.setattr(system, "velocity", noted)
+    system.losses(LADDER, scenes_of(pack), pack.about, Optimisation(), torch.Generator().manual_seed(0))
+    assert told == [1.0]
+    system.paint(THREE, Grid(0.5, 0, 0, 96, 128), LADDER, seed=0, steps=2, guidance=2)
+    assert set(told[1:]) == {2.0}
+
+
 @pytest.mark.parametrize("shape", [(300, 300), (96, 300), (300, 31), (4096, 4090)])
 def test_an_image_is_enlarged_as_a_whole_and_cut(shape: tuple[int, int]) -> None:
     image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))[:1]

@@ -240,6 +240,15 @@ def test_neighbours_are_of_one_block(slide: Slide) -> None:
             assert same == (number == its)
 
 
+def test_one_place_of_two_slides_is_two_blocks() -> None:
+    fields = [square_field(path, 0, 0, 512) for path in ("one", "two", "one")]
+    spots = spots_of(fields, 0.5, 64)
+    one, two, again = np.split(blocks(fields, spots, wide=4), 3)
+    assert len(set(one)) == len(set(two)) == 4
+    assert set(one).isdisjoint(two)
+    assert np.array_equal(one, again)
+
+
 class TestCodec:
     def test_none_changes_nothing_and_jpeg_a_little(self, slide: Slide) -> None:
         spots = spots_of([field_of(slide)], 0.5, 128, most=9)

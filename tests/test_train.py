@@ -230,6 +230,18 @@ def test_no_checkpoint_that_is_whole_is_no_new_beginning(work: Path, tmp_path: P
     assert {path.name: path.read_bytes() for path in work.iterdir() if path.name != "lock"} == before
 
 
+def test_a_checkpoint_is_due_so_long_after_the_last(pack: TrainingPack, tmp_path: Path) -> None:
+    run, found = Training(config_of(optimisation__checkpoint_minutes=1.0), pack, tmp_path), []
+    for run.number, run.seconds in enumerate((59.0, 61.0, 120.0, 122.0)):
+        found.append(run.due)
+        if run.due:
+            run.checkpoint()
+    assert found == [False, True, False, True]
+    again = Training(run.config, pack, tmp_path)
+    again.resume(lambda line: None)
+    assert (again.seconds, again.due) == (122.0, False)
+
+
 def test_shards_are_batches_of_their_own_side_by_side(pack: TrainingPack, tmp_path: Path) -> None:
     """Two shards of a step are the batches that two steps of one shard would draw; their gradients are averaged."""
     double = Training(config_of(optimisation__shards=2, optimisation__clip=1e9), pack, tmp_path)
@@ -328,6 +340,17 @@ def test_pitches_without_room_are_not_judged(pack: TrainingPack, tmp_path: Path)
     """A quarter of 1024 pixels at 0.5 µm is 32 at 4 µm and 16 at 8: training goes on, the figure is left out."""
     judged = Training(config_of(), pack, tmp_path).held_out(1)
     assert [part.split(" µm")[0] for part in judged.split(", ")] == ["0.5", "1", "2", "4"]
+
+
+def test_the_average_is_judged_and_not_the_weights(pack: TrainingPack, tmp_path: Path) -> None:
+    run = Training(config_of(), pack, tmp_path)
+    run.step()
+    before = run.held_out(1)
+    for network, same in ((run.denoiser, True), (run.average, False)):
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight.add_(0.1)
+        assert (run.held_out(1) == before) == same
 
 
 # -- the pack and the configuration ------------------------------------------------------------------------
