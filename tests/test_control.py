@@ -159,6 +159,32 @@ def test_a_region_of_which_an_encoder_says_no_numbers_is_no_hit(pixels: NDArray[
         retrieval(sides_of(tmp_path, pixels, pixels), [Odd()], Codec("none"), 1.0)
 
 
+def test_numbers_in_which_tissue_hardly_differs_are_not_all_that_is_heard(
+    pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    """One number is the same for all of a slide, but for its noise, and another for all of its painting."""
+
+    class Dead(Descriptor):
+        dim = Descriptor.dim + 1
+
+        def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+            found, green = super().__call__(tiles), tiles[..., 1].astype(float).mean((1, 2))
+            here = 5 + 1e-6 * green + np.where(tiles[:, 0, 0, 0] == 0, 1.0, 0.0)
+            return np.concatenate([found, here[:, None]], 1).astype(np.float32)
+
+    sides, marked = sides_of(tmp_path, pixels, pixels), pixels.copy()
+    marked[::128, ::128, 0] = 0  # the corner of every tile
+    (tmp_path / "marked").mkdir()
+    painted = sides_of(tmp_path / "marked", pixels, marked)
+    options: dict[str, Any] = {"most": 256, "seed": 0}
+    plain, dead = (
+        control(one, [encoder], Codec("none"), [1.0], **options)["descriptor"]["cosine"]["1"]["mean"]
+        for one, encoder in ((sides, Descriptor()), (painted, Dead()))
+    )
+    assert plain > 0.999
+    assert dead > 0.98
+
+
 def test_the_regions_are_drawn_by_the_seed(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     """100 of 128 µm, of which 64 are asked."""
     sides = sides_of(tmp_path, pixels[:1280, :1280], np.roll(pixels[:1280, :1280], 40, (0, 1)))

@@ -135,7 +135,7 @@ def test_scenes_and_their_noise_are_read_there(fake: torch.device) -> None:
     """Where both are, and the addresses: nothing is sent to the device that waits."""
     table, lines = torch.zeros(64 * 64, 3, dtype=torch.uint8, device=fake), torch.zeros(2, 3, device=fake).long()
     windows, points = torch.zeros(2, 2, device=fake).long(), torch.zeros(2, 5, 2, device=fake).long()
-    scenes = Scenes(0.5, 64, Images([table.view(64, 64, 3)], table), lines, {}, windows, 32, points, 1.0)
+    scenes = Scenes(0.5, 64, Images([table.view(64, 64, 3)], table), lines, {}, windows, 32, points)
     window, around = scenes.seen(2)
     noise = NoiseField(torch.randint(1 << 62, (2,), device=fake)).read_at(*square(points - 2, 5))
     smooth = mollified_at(around + noise, points, 64, 0.5)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import TileStatistics, write_pyramid
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,7 +21,7 @@ from wsi_brush import commit
 from wsi_brush.control import Descriptor
 from wsi_brush.coordinates import turned
 from wsi_brush.errors import RefusedError, UsageError
-from wsi_brush.evaluate import evaluate_slides
+from wsi_brush.evaluate import evaluate_slides, without_figures
 from wsi_brush.grid import Grid
 from wsi_brush.report import write_report
 from wsi_brush.sides import open_sides
@@ -72,7 +73,12 @@ def test_the_figures_are_there_and_say_what_they_are_of(report: Path) -> None:
     assert ratio[0] < 0.8
     assert set(figures["control"]) == {"statistics", "<i>turned", "descriptor"}
     assert figures["control"]["statistics"]["cosine"]["0.5"]["mean"] > 0.5
-    assert [one["synthetic"] for one in figures["real"] + figures["synthetic"]] == [False, False]
+    both = figures["real"] + figures["synthetic"]
+    assert [one["synthetic"] for one in both] == [False, False]
+    assert [len(one["fingerprint"]) for one in both] == [16, 16]
+    assert both[0]["fingerprint"] != both[1]["fingerprint"]
+    assert figures["pairs"] == [{"real": 0, "synthetic": 0}]
+    assert figures["versions"]["torch"] == torch.__version__
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing(report: Path) -> None:
@@ -220,6 +226,25 @@ def test_texture_is_read_where_both_sides_lose_alike(slides: tuple[Path, Path]) 
     sides = open_sides([open_slide(slides[0], force_mpp=0.5044)], slides[1:])
     figures = evaluate_slides(sides, encoders=[TileStatistics()], most=32)
     assert figures["texture"]["mpp"] == pytest.approx(2**0.5 * 0.5044)
+
+
+def test_a_side_that_is_not_what_it_is_called_is_said(slides: tuple[Path, Path], tmp_path: Path) -> None:
+    sides = open_sides([slides[0]], [slides[0]])
+    notes = evaluate_slides(sides, encoders=[TileStatistics()], most=64)["notes"]
+    assert f"{slides[0].name}: on both sides, so it is compared with itself" in notes
+    real = replace(sides.real[0], slide=replace(sides.real[0].slide, synthetic=True))
+    notes = evaluate_slides(replace(sides, real=[real]), encoders=[TileStatistics()], most=64)["notes"]
+    said = "on the real side, and says that it is synthetic; all that is called real is of it too"
+    assert f"{slides[0].name}: {said}" in notes
+
+
+def test_a_picture_of_a_pixel_is_no_reason_to_lose_all(slides: tuple[Path, Path], tmp_path: Path) -> None:
+    dot = write_pyramid(tmp_path / "dot.tif", [np.full((1, 1, 3), 120, np.uint8)], compression="zlib")
+    sides = open_sides([slides[0]], [dot])
+    figures = evaluate_slides(sides, encoders=[TileStatistics()], most=64)
+    write_report(tmp_path / "report", sides, figures)
+    assert commit.verify(tmp_path / "report") == []
+    assert "fewer than 4 windows" in str(without_figures(figures))
 
 
 def test_what_only_one_side_shows_is_left_out(slides: tuple[Path, Path], tmp_path: Path) -> None:

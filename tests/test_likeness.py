@@ -190,7 +190,7 @@ class TestDistribution:
         found = distribution(sides, see(sides, 0.5, [TileStatistics()], PLAIN, most=60, seed=0)[0], seed=0)
         assert 8 <= found["n"] < 30
         assert found["frechet"] == {
-            "missing": f"{found['n']} tiles of 24 numbers have no covariance; see the kernel distance"
+            "missing": f"{found['n']} tiles; of 24 numbers 30 are needed for a covariance; see the kernel distance"
         }
         assert "value" in found["kernel"]
         few = {"missing": f"{found['n']} tiles have no neighbourhoods; 20 are needed"}

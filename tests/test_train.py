@@ -180,6 +180,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(work: Path, whole: dict[str, Tens
         assert torch.equal(value, whole[f"average.{name}"]), name
         assert torch.equal(value, made.denoiser.state_dict()[name]), name
     assert found.about["training"]["steps"] == 13
+    assert [one["mpp"] for one in found.about["training"]["slides"]] == [0.5]
+    assert (target / "brush.safetensors").stat().st_mode == (target / "brush.json").stat().st_mode
+    assert {path.stat().st_mode for path in checkpoints(work).values()} == {(target / "brush.json").stat().st_mode}
     assert (found.about["encoder"], found.about["licence"]) == ("colours", "MIT")
     assert "tissue.tif" not in (target / "brush.json").read_text("utf-8")
 
@@ -296,6 +299,16 @@ def test_a_longer_budget_is_the_same_run(pack: TrainingPack, tmp_path: Path) -> 
     other.resume(lambda line: None)
     assert other.number == 1
     assert other.seconds == run.seconds
+    other.step()
+    other.checkpoint()
+    last = Training(other.config, pack, tmp_path)
+    last.resume(lambda line: None)
+    legs = last.brush().about["training"]["legs"]  # the rate of the first fell towards another end
+    assert [(leg["from"], leg["steps"]) for leg in legs] == [(0, 13), (1, 99)]
+    assert "legs" not in run.brush().about["training"]
+    with pytest.raises(RefusedError) as found:
+        Training(config_of(optimisation__steps=1), pack, tmp_path).resume(lambda line: None)
+    one_line(found, "is at step 2", "steps is 1", "--work")
 
 
 def test_a_finished_brush_is_not_written_over(work: Path, tmp_path: Path) -> None:
@@ -522,7 +535,7 @@ def of_whole_scenes(
         return torch.stack([u[:, top : top + scenes.window, left : left + scenes.window] for u, (top, left) in parts])
 
     setting = denoiser.setting(sigma, scenes.mpp, conditions(scenes, about), origin=origin, known=known)
-    scatter = _scatter(scenes.points) if scenes.weight else None
+    scatter = _scatter(scenes.points) if scenes.points.shape[1] else None
     at = [torch.arange(n).repeat_interleave(scenes.points.shape[1]), *scenes.points.flatten(0, 1).T]
     smooth, image_at, noisy_at = (
         of.permute(0, 2, 3, 1)[*at] for of in (mollify(given, denoiser.config.mollifier), image, noisy)

@@ -19,7 +19,7 @@ from .embed import COVER, TileEncoder
 from .grid import Grid
 from .likeness import Rows, compared, measured
 from .progress import Tell, Told
-from .samples import Codec, Field, Spot, blocks, by_tile, embed_spots, shows, spots_of
+from .samples import Codec, Field, Spot, blocks, by_tile, drawn, embed_spots, shows, spots_of
 from .sides import Pair, Sides
 from .texture import seam_of, steps
 from .tissue import PITCH, Tissue
@@ -151,9 +151,7 @@ def _centred(sides: Sides, tile: int, *, most: int, seed: int) -> tuple[list[Spo
                 square = Grid(grid.mpp, grid.top + margin, grid.left + margin, tile, tile)
                 spots.append(Spot(index, square))
                 centres.append(centre)
-    rows = np.arange(len(spots))
-    if len(rows) > most:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+    rows = drawn(len(spots), most, seed)
     return [spots[row] for row in rows], np.array(centres, np.float64).reshape(-1, 2)[rows]
 
 

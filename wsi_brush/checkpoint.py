@@ -21,7 +21,7 @@ from .commit import sha256_of, write_json
 from .errors import RefusedError
 
 _NAMES = "ab"
-_FACTS = {"step", "seconds", "identity", "sha256"}
+_NEEDED = {"step", "identity", "sha256"}
 
 
 class Checkpoints:
@@ -30,19 +30,20 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self._folder, self._damaged = folder, set[str]()
 
-    def write(self, tensors: Mapping[str, Tensor], *, step: int, seconds: float, identity: str) -> None:
-        """A new generation; `identity` is of what must be the same where it is read."""
+    def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """A new generation; of its facts (JSON) `step` says how new it is, `identity` what must be the same where it is
+        read."""
         ages = {name: (self._facts(name) or {"step": -1})["step"] for name in _NAMES}
         name = min(_NAMES, key=lambda one: -1 if one in self._damaged else ages[one])
         partial, path = self._folder / f"{name}.partial", self._path(name)
         save_file(dict(tensors), partial)
         os.replace(partial, path)
-        facts = {"step": step, "seconds": seconds, "identity": identity, "sha256": sha256_of(path)}
-        write_json(path.with_suffix(".json"), facts)
+        write_json(path.with_suffix(".json"), {**facts, "sha256": sha256_of(path)})
+        path.chmod(path.with_suffix(".json").stat().st_mode)
         self._damaged.discard(name)
 
     def read(self, identity: str, tell: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Facts (step, seconds) and tensors of the newest generation that verifies; None where none was ever written.
+        """Facts and tensors of the newest generation that verifies; None where none was ever written.
 
         Raises:
             RefusedError: if it has another identity, or none verifies.
@@ -78,4 +79,4 @@ class Checkpoints:
             found = json.loads(self._path(name).with_suffix(".json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and found.keys() >= _FACTS else None
+        return found if isinstance(found, dict) and found.keys() >= _NEEDED else None

@@ -4,8 +4,7 @@ A `TrainingPack` is a folder of zarr arrays: every slide decoded at each pitch o
 pitches are exact Haar levels of each other) beside its embeddings. A `CoordinateSampler` draws scenes from it. A scene
 is a function, read where it is needed. The operator is given a fixed budget of its points, whatever its size: one
 contiguous window, so that local operators see real neighbours, and scattered points over the rest, so that the grid
-level sees the layout. The scattered points carry the inverse of their density as weight (Horvitz and Thompson, 1952):
-sums over points then estimate sums over the scene without bias.
+level sees the layout.
 
 A draw is a pure function of (seed, step): training resumes bit for bit.
 """
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .commit import read_manifest, staged
-from .embed import PITCHES, TileEncoder, embed_region, terms_of
+from .embed import PITCHES, TileEncoder, embed_region, slide_fingerprint, terms_of
 from .errors import RefusedError, UsageError
 from .grid import Grid
 from .labels import Labels
@@ -76,6 +75,7 @@ def build_pack(
     about: dict[str, Any] = {"encoder": encoder.name, "fingerprint": encoder.fingerprint, "dim": encoder.dim}
     about |= {"tile": encoder.tile, "pitches": list(pitches), "until": until, "slides": (1 + stains) * len(slides)}
     about |= {"sources": list(sources), "encoder_terms": terms_of(encoder)}
+    about |= {"origins": [{"fingerprint": slide_fingerprint(one.path)[:16], "mpp": one.mpp} for one in slides]}
     about |= {"labels": list(encoder.names)} if isinstance(encoder, Labels) else {}
     about |= {"everywhere": True} if everywhere else {}
     about |= {"stains": stains} if stains else {}
@@ -96,7 +96,7 @@ def build_pack(
                     maps = embed_region(seen, finest, encoder=encoder, tissue=tissue)
                 for mpp, found in maps.items():
                     _keep(group, f"embedding/{mpp:g}", found.values)
-                    moments.add_embeddings(mpp, found.values)
+                    moments.add_embeddings(mpp, found.values[:, : math.ceil(found.values.shape[1] * until)])
                 cover = tissue.cover(Grid(pitches[-1], 0, 0, height, width))
                 _keep(group, "tissue", (cover > 0.5).astype(np.uint8))
         about["details"] = moments.details()
@@ -310,9 +310,7 @@ class CoordinateSampler:
             pitch: cells.around(slides, corners, size, self._tile * pitch / mpp, turns)
             for pitch, cells in self._cells.items()
         }
-        outside = size * size - self._window**2
-        weight = outside / self._count if self._count else 0.0
-        scenes = Scenes(mpp, size, self._pack.images[mpp], lines, maps, at, self._window, points, weight)
+        scenes = Scenes(mpp, size, self._pack.images[mpp], lines, maps, at, self._window, points)
         if self._reach is not None:
             scenes.seen(self._reach)
         return scenes
@@ -351,7 +349,7 @@ class CoordinateSampler:
         """Distinct places outside each window, (n, k, 2), uniform; none where the window is the scene."""
         side = self._window
         if not self._count or size == side:
-            return np.zeros((len(windows), self._count, 2), np.int64)
+            return np.zeros((len(windows), 0, 2), np.int64)
         outside = size * size - side * side
         index = np.stack([rng.choice(outside, self._count, replace=False, shuffle=False) for _ in windows])
         top, left = windows[:, :1], windows[:, 1:]

@@ -102,6 +102,12 @@ def evaluate_slides(
     return figures | {"notes": notes, "seconds": round(time.monotonic() - start, 1)}
 
 
+def without_figures(figures: dict[str, Any]) -> str | None:
+    """Why nothing could be said of how like two sides are, where tiles are too few at every scale, and windows too."""
+    scales = [one for scales in figures["scales"].values() for one in scales.values()]
+    return figures["texture"].get("missing") if all("missing" in one for one in scales) else None
+
+
 def _warnings(sides: Sides, encoders: Sequence[TileEncoder]) -> list[str]:
     """What must be known of the encoders, and of sides that are not paired, before figures are believed."""
     found = [

@@ -59,9 +59,9 @@ def losses(
 ) -> tuple[Tensor, Tensor]:
     """Mean loss over the windows' points and over the scattered points of a batch of scenes.
 
-    Both estimate the scenes' mean loss without bias, so any mixture of them does. Scenes, weights and generator are on
-    one device. A scene and its noise are read at its window and around its points, and nowhere else: where the two
-    overlap they are the same.
+    Neither alone is the scenes' mean loss: windows see the middle of a scene more often than its edge; points, outside
+    them, the reverse. Scenes, weights and generator are on one device. A scene and its noise are read at its
+    window and around its points, and nowhere else: where the two overlap they are the same.
     """
     n, device = len(scenes.windows), scenes.windows.device
     sigma = draw_sigma(ladder, scenes.mpp, n, drawing, generator)
@@ -75,7 +75,7 @@ def losses(
     image = image.permute(0, 3, 1, 2)
     noisy = image + wide * noise.read_at(*square(scenes.windows, scenes.window)).permute(0, 3, 1, 2)
     scatter, values, near = None, noisy, noisy
-    if scenes.weight > 0:
+    if scenes.points.shape[1]:
         scatter = _scatter(scenes.points)
         near = around + wide[..., None] * noise.read_at(*square(scenes.points - reach, 2 * reach + 1))
         values = mollified_at(near, scenes.points, scenes.size, denoiser.config.mollifier)
@@ -126,7 +126,9 @@ def _gathered(
     total = total.unflatten(0, (n, count, count))
     if scatter is not None:
         cells = (size**2 - scenes.window**2) / CELL**2
-        occupied = 1 - (1 - 1 / cells) ** scenes.points.shape[1]  # the chance that a cell holds a point
+        # the chance that a cell holds a point: by its inverse, sums over those that do estimate sums over all of them
+        # (Horvitz and Thompson, 1952)
+        occupied = 1 - (1 - 1 / cells) ** scenes.points.shape[1]
         total = total + denoiser.sketch_points(values, scatter, 1 / occupied, setting, (size, size))
     return total[..., :-1], total[..., -1:]
 

@@ -84,8 +84,7 @@ class Scenes:
     images: the slides; lines: (n, 3) the row of their table that is a scene's first pixel, and the steps from a pixel
     to the one below it and to the one beside it; maps: by pitch of the embeddings (values (n, r, c, dim) not
     standardised, zeros where absent; present (n, r, c); corner (n, 2) in pixels; cell in pixels); windows: (n, 2)
-    corner of the contiguous window of side `window`; points: (n, k, 2) scattered places outside the windows; weight:
-    inverse density of those points.
+    corner of the contiguous window of side `window`; points: (n, k, 2) scattered places outside the windows.
     """
 
     mpp: float
@@ -96,7 +95,6 @@ class Scenes:
     windows: Tensor
     window: int
     points: Tensor
-    weight: float
     _seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def read_at(self, rows: Tensor, columns: Tensor) -> Tensor:

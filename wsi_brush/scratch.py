@@ -176,7 +176,7 @@ def hold(folder: Path, what: Path) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise MachineError(f"{folder}: cannot be written to ({error.strerror}); choose another output") from None
         try:

@@ -59,9 +59,10 @@ def train_brush(
         UsageError, SlideError, RefusedError, MachineError: one line each.
     """
     check_target(target, kind="brush", overwrite=overwrite)
+    place = find_device(device)
     lock = hold(work, target)
     try:
-        return _trained(config, target, work, slides, find_device(device), overwrite=overwrite, tell=tell)
+        return _trained(config, target, work, slides, place, overwrite=overwrite, tell=tell)
     except SafetensorError as error:
         raise MachineError(f"{work}: cannot be written to ({error}); free some space and run again") from None
     finally:
@@ -227,6 +228,7 @@ class Training:
         self.number, self.seconds, self.saved, self.rate = 0, 0.0, 0.0, 0.0
         self._clock = time.monotonic()
         self._checkpoints = Checkpoints(work)
+        self._legs = [self._leg]
 
     @property
     def progress(self) -> float:
@@ -348,10 +350,18 @@ class Training:
         about |= {"training": {"steps": self.number, "minutes": round(self.seconds / 60, 1)}}
         about["training"]["device"] = name_of(self.device)
         about["training"] |= self.config.model_dump(mode="json", exclude={"card": True, "data": {"slides"}})
+        about["training"] |= {"legs": self._legs} if len(self._legs) > 1 else {}  # one recipe did not do all of it
+        about["training"] |= {"slides": self.pack.about["origins"]} if "origins" in self.pack.about else {}
         average = copy.deepcopy(self.average).eval().requires_grad_(False)
         return Brush(average, self.ladder, about)
 
     # -- checkpoints -----------------------------------------------------------------------------------
+
+    @property
+    def _leg(self) -> dict[str, Any]:
+        """From which step on it is trained to which end: the rate falls towards that."""
+        ends = self.config.optimisation.model_dump(mode="json", include={"steps", "minutes"})
+        return {"from": self.number, **ends}
 
     @property
     def _identity(self) -> str:
@@ -371,19 +381,25 @@ class Training:
         for which, optimiser in enumerate(self.optimisers):
             for index, state in optimiser.state_dict()["state"].items():
                 tensors |= {f"{which}.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        self._checkpoints.write(tensors, step=self.number, seconds=self.seconds, identity=self._identity)
+        facts = {"step": self.number, "seconds": self.seconds, "identity": self._identity, "legs": self._legs}
+        self._checkpoints.write(tensors, facts)
         self.saved = self.seconds
 
     def resume(self, tell: Tell) -> None:
         """Go on from the newest generation that verifies, if there is one.
 
         Raises:
-            RefusedError: as `Checkpoints.read`.
+            RefusedError: as `Checkpoints.read`, or if it has taken more steps than are asked for.
         """
         found = self._checkpoints.read(self._identity, tell)
         if found is None:
             return
         facts, tensors = found
+        if facts["step"] > (steps := self.config.optimisation.steps):
+            raise RefusedError(
+                f"{self.work}: is at step {facts['step']}, [optimisation] steps is {steps}; raise it, or choose "
+                "another --work"
+            )
         for prefix, module in (("weights.", self.denoiser), ("average.", self.average)):
             part = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
             module.load_state_dict(part)
@@ -396,4 +412,7 @@ class Training:
             optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
         self.number, self.seconds = facts["step"], facts["seconds"]
         self.saved, self._clock = self.seconds, time.monotonic()
+        self._legs = facts.get("legs", [])
+        if not self._legs or {**self._legs[-1], "from": 0} != {**self._leg, "from": 0}:
+            self._legs = [*self._legs, self._leg]
         tell(f"going on from step {self.number}")

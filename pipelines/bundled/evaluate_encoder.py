@@ -276,13 +276,13 @@ def readable(
     train: NDArray[np.uint8], test: NDArray[np.uint8], first: NDArray[np.float32], second: NDArray[np.float32]
 ) -> str:
     """R² on held-out tiles of a ridge from their vectors to mean and standard deviation of R, G and B."""
-    inputs, targets = [], []
-    for tiles, vectors in ((train, first), (test, second)):
+    targets = []
+    for tiles in (train, test):
         flat = tiles.reshape(len(tiles), -1, 3).astype(np.float64) / 255
-        inputs.append(np.pad(vectors.astype(np.float64), ((0, 0), (0, 1)), constant_values=1))
         targets.append(np.concatenate([flat.mean(axis=1), flat.std(axis=1)], axis=1))
-    x, y = inputs[0], targets[0]
-    answer = inputs[1] @ np.linalg.solve(x.T @ x + 10 * np.eye(x.shape[1]), x.T @ y)
+    centre, middle = first.mean(axis=0, dtype=np.float64), targets[0].mean(axis=0)  # which no ridge is to draw to zero
+    x, y = first - centre, targets[0] - middle
+    answer = (second - centre) @ np.linalg.solve(x.T @ x + 10 * np.eye(x.shape[1]), x.T @ y) + middle
     left = ((answer - targets[1]) ** 2).sum(axis=0) / ((targets[1] - targets[1].mean(axis=0)) ** 2).sum(axis=0)
     return (
         "mean R, G, B "

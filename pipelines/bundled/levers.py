@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from wsi_brush import __version__
-from wsi_brush.commit import write_json
+from wsi_brush.commit import fingerprint, write_json
 from wsi_brush.coordinates import CoordinateSampler, TrainingPack
 from wsi_brush.denoiser import Denoiser
 from wsi_brush.errors import UsageError
@@ -131,7 +131,8 @@ def main(arguments: argparse.Namespace) -> None:
     file = arguments.work / "levers.json"
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     sizes = {"steps": arguments.steps, "batch": arguments.batch, "width": arguments.width}
-    given = {**sizes, "batches": arguments.batches}
+    told = fingerprint(recipe.model_dump(mode="json", exclude={"card"}))[:12]
+    given = {**sizes, "batches": arguments.batches, "recipe": told}
     if known and known["about"]["given"] != given:
         raise UsageError(f"{file}: made with {known['about']['given']}, not {given}; choose another --work")
     runs: dict[str, Any] = known.get("runs", {})

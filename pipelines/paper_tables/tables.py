@@ -140,6 +140,7 @@ def painted(
                 slide.path, target, painting, brush=brush, encoder=encoder, assume_mpp=source.get("assume_mpp"),
                 overwrite=target.exists(),
             )  # fmt: skip
+            print(f"{system}: {target.name} of {size}² in {found.seconds:.0f} s", flush=True)
             seconds[target.name] = found.seconds
             log.write_text(json.dumps(seconds))
     return folder, float(np.mean(list(seconds.values())))

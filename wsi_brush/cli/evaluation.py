@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..errors import UsageError
+from ..errors import SlideError, UsageError
 from . import plans
 from .manners import Shown, errors, prepare, print_figures, print_plan
 from .options import ENCODERS, AssumeMpp, Debug, DryRun, ForceMpp, Json, Overwrite, Quiet, Threads
@@ -74,7 +74,7 @@ def evaluate(
     with errors(debug):
         from ..commit import check_target
         from ..encoder import load_encoder
-        from ..evaluate import check_encoders, evaluate_slides
+        from ..evaluate import check_encoders, evaluate_slides, without_figures
         from ..published import find_networks
         from ..report import KIND, write_report
         from ..samples import Codec
@@ -110,3 +110,5 @@ def evaluate(
         elif not quiet:
             print_figures(figures)
             typer.echo(f"{out / 'report.html'}: all of it, with pictures; took {figures['seconds']:.0f} s")
+        if (why := without_figures(figures)) is not None:
+            raise SlideError(f"{out}: a report without a figure: {why}")

@@ -126,7 +126,8 @@ def choose(
             "pass the true size with --assume-mpp, e.g. --assume-mpp 0.25"
         )
     raise PixelSizeError(
-        f"{path}: no pixel size in the header; pass it with --assume-mpp, e.g. --assume-mpp 0.25 for a 40x scan"
+        f"{path}: no pixel size in the header; pass it with --assume-mpp, e.g. --assume-mpp 0.25 for a 40x scan (in a "
+        "recipe: assume_mpp = 0.25)"
     )
 
 
