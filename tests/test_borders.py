@@ -61,7 +61,8 @@ class TestGradients:
             on = {256: 63, 1024: 15}.get(one["period"], 64)  # squares that begin with a line
             assert (one["ratio"]["seed"], one["ratio"]["n"], one["squares"]) == (4, [on, on], 64)
             for figure in (one["ratio"], one["rank"]):
-                assert figure["low"] <= figure["value"] <= figure["high"]
+                if figure["low"] is not None or figure["value"] not in (0, 1):  # which every draw may be
+                    assert figure["low"] <= figure["value"] <= figure["high"]
         assert all(one["ratio"]["value"] == one["ratio"]["floor"] for one in plain.values())
         assert tiled[256]["rank"]["value"] == 1
         assert tiled[256]["ratio"]["low"] > 1.05 * tiled[256]["ratio"]["floor_high"]
