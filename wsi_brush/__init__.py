@@ -83,4 +83,4 @@ The modules, in the order of the data; a module imports only what stands above i
     cli           the words
 """
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"
