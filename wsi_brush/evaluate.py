@@ -30,7 +30,10 @@ from .slide import Slide
 
 SCALES = (0.5, 2.0, 8.0)
 """µm per pixel: detail, tissue, layout."""
-_PAINTED = ("brush_sha256", "seed", "steps", "guidance", "solver", "system", "reference", "label", "versions")
+_PAINTED = (
+    "brush_sha256", "brush_fingerprint", "seed", "steps", "guidance", "solver", "system", "reference", "label",
+    "versions",
+)  # fmt: skip
 
 
 def check_encoders(encoders: Sequence[TileEncoder]) -> None:

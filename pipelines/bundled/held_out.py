@@ -60,7 +60,7 @@ def target_of(slide: Slide, folder: Path) -> Path:
 def otherwise(target: Path, wanted: dict[str, Any]) -> list[str]:
     """What of a painting is not as wanted, by what it says of itself."""
     made = painted_after(target) or {}
-    return [name.removesuffix("_sha256") for name, value in wanted.items() if made.get(name) != value]
+    return [name.removesuffix("_fingerprint") for name, value in wanted.items() if made.get(name) != value]
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
     brush, data = load_brush(arguments.brush), read_config(arguments.recipe).data
     encoder = load_encoder(brush.about["encoder"])
     arguments.work.mkdir(parents=True, exist_ok=True)
-    wanted = {"brush_sha256": brush.sha256, "guidance": arguments.guidance, "steps": Painting.steps}
+    wanted = {"brush_fingerprint": brush.fingerprint[:16], "guidance": arguments.guidance, "steps": Painting.steps}
     real, painted = [], []
     for slide, region, assume_mpp in held_out(data, arguments.slides):
         target = target_of(slide, arguments.work)
