@@ -311,7 +311,7 @@ class TestSlide:
             asked = tuple(about[name] for name in ("seed", "steps", "guidance", "mpp"))
             assert asked == (QUICK.seed, QUICK.steps, QUICK.guidance, QUICK.mpp)
             assert about["brush_sha256"] == brush.sha256
-            assert about["brush_fingerprint"] == brush.fingerprint[:16]
+            assert about["brush_fingerprint"] == brush.fingerprint
             assert (about["encoder"], about["encoder_fingerprint"]) == (ENCODER.name, ENCODER.fingerprint)
             assert {"wsi-brush", "torch", "numpy"} <= set(about["versions"])
             reference = {"mpp": 0.5, "mpp_source": "openslide.mpp-x", "region": [300, 280, 333, 517]}

@@ -404,7 +404,7 @@ def _provenance(canvas: Grid, painting: Painting, brush: Brush) -> dict[str, Any
         "generator": "wsi-brush",
         "versions": {"wsi-brush": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "brush_sha256": brush.sha256,
-        "brush_fingerprint": brush.fingerprint[:16],
+        "brush_fingerprint": brush.fingerprint,
         **_sampling(painting, brush),
         "mpp": canvas.mpp,
     }

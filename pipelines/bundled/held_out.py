@@ -82,7 +82,7 @@ def main() -> None:
     brush, data = load_brush(arguments.brush), read_config(arguments.recipe).data
     encoder = load_encoder(brush.about["encoder"])
     arguments.work.mkdir(parents=True, exist_ok=True)
-    wanted = {"brush_fingerprint": brush.fingerprint[:16], "guidance": arguments.guidance, "steps": Painting.steps}
+    wanted = {"brush_fingerprint": brush.fingerprint, "guidance": arguments.guidance, "steps": Painting.steps}
     real, painted = [], []
     for slide, region, assume_mpp in held_out(data, arguments.slides):
         target = target_of(slide, arguments.work)
