@@ -180,6 +180,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(work: Path, whole: dict[str, Tens
         assert torch.equal(value, whole[f"average.{name}"]), name
         assert torch.equal(value, made.denoiser.state_dict()[name]), name
     assert found.about["training"]["steps"] == 13
+    assert "legs" not in found.about["training"]  # it was interrupted, and not continued to another end
     assert [one["mpp"] for one in found.about["training"]["slides"]] == [0.5]
     assert (target / "brush.safetensors").stat().st_mode == (target / "brush.json").stat().st_mode
     assert {path.stat().st_mode for path in checkpoints(work).values()} == {(target / "brush.json").stat().st_mode}
