@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from wsi_brush import train
-from wsi_brush.recipe import read_config
+from wsi_brush.recipe import Data, Model, Optimisation, Rival, SlideSource, read_config
 
 Words = Callable[..., tuple[int, str, str]]
 
@@ -180,3 +181,11 @@ def test_a_dry_run_looks_at_what_is_made(words: Words, tissue_slide: Path, tmp_p
     recipe(tmp_path, rest=f"{rest}rate = 1\n")
     code, _, err = words("train", config, *again)
     assert (code, "made by another configuration" in err) == (4, True)
+
+
+def test_the_readme_names_every_key() -> None:
+    readme = Path(__file__).parents[1] / "README.md"
+    section = readme.read_text(encoding="utf-8").split("## Train a brush\n")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", section))
+    for part in (Data, SlideSource, Model, Optimisation, Rival):
+        assert set(part.model_fields) <= named, part
