@@ -389,6 +389,7 @@ class TestEvaluate:
         ran = words("evaluate", "--real", tissue_slide, "--synthetic", blank, "-o", report)
         assert (ran.code, report.exists()) == (0, True)  # a painting that failed is a result
         assert "blank.tif: no tissue; is it H&E" in ran.err
+        assert "nothing can be said of how like the two sides are: fewer than 4 windows" in ran.err
         mine = tmp_path / "mine"
         mine.mkdir()
         (mine / "notes.txt").write_text("mine")

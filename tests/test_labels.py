@@ -28,7 +28,7 @@ from wsi_brush.slide import open_slide
 from wsi_brush.stages import Painting
 from wsi_brush.synthesize import synthesize_label
 from wsi_brush.tissue import Tissue, find_tissue
-from wsi_brush.train import _pack, train_brush
+from wsi_brush.train import train_brush, training_pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -233,20 +233,20 @@ def test_what_cannot_be_asked_for_is_one_line(
 def test_a_changed_folder_is_another_pack(faces: Path, brush: Path, work: Path) -> None:
     data = read_config(faces / "hair.toml").data
     again: list[str] = []
-    _pack(data, work, faces, again.append)
+    training_pack(data, work, faces, again.append)
     assert again == []
     Image.fromarray(face((40, 30, 30), 3)).save(faces / "black" / "2.jpg")
     try:
         with pytest.raises(RefusedError, match="other slides"):
-            _pack(data, work, faces, again.append)
+            training_pack(data, work, faces, again.append)
     finally:
         (faces / "black" / "2.jpg").unlink()
     for change in ({"until": 0.75}, {"tissue": "found"}, {"stains": 1}):
         with pytest.raises(RefusedError, match="another `tissue`, `until` or `stains`"):
-            _pack(data.model_copy(update=change), work, faces, again.append)
+            training_pack(data.model_copy(update=change), work, faces, again.append)
     for slides in (data.slides[:1], [data.slides[0], data.slides[1].model_copy(update={"label": "black"})]):
         with pytest.raises(RefusedError, match="another encoder or other slides"):
-            _pack(data.model_copy(update={"slides": slides}), work, faces, again.append)
+            training_pack(data.model_copy(update={"slides": slides}), work, faces, again.append)
 
 
 def test_patterns_are_files_by_name(tmp_path: Path) -> None:
