@@ -183,8 +183,9 @@ def _seal_and_move(stage: Path, target: Path, *, kind: str, about: dict[str, Any
     sync_tree(stage)
     manifest = {"kind": kind, **about}
     write_json(stage / MANIFEST, {**manifest, "seal": _seal(manifest, files), "files": files})
+    mode = (stage / MANIFEST).stat().st_mode
     for path in _files(stage):  # as the user's umask has it: safetensors leaves its files to their owner alone
-        path.chmod((stage / MANIFEST).stat().st_mode)
+        path.chmod(mode)
     _sync(stage)
     check_target(target, kind=kind, overwrite=overwrite)
     if target.exists():

@@ -26,7 +26,7 @@ from .reading import Readers
 from .regions import COVER as COVER
 from .regions import Progress, embed_lattices, readable_tissue
 from .regions import TileEncoder as TileEncoder
-from .scratch import WORK, working
+from .scratch import work_folder, working
 from .slide import Slide, open_slide
 from .store import KIND, EmbeddingMap, EmbeddingStore, write_store
 from .tissue import RULES, Tissue, find_tissue
@@ -109,7 +109,7 @@ def embed_slide(
     about = _provenance(slide, path, encoder, drawn)
     run = about["parameters"] | {"version": __version__}
     if (store := _done(target, about["parameters"], overwrite=overwrite)) is not None:
-        if (target.parent / f"{WORK}{target.name}").exists():  # killed when it had only this to do
+        if work_folder(target).exists():  # killed when it had only this to do
             with contextlib.suppress(RefusedError), working(target, run, overwrite=overwrite):
                 pass
         bad = sum(one["tiles"] for one in store.about.get("damaged", {}).values())

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,12 +72,14 @@ def evaluate_slides(
         notes.append(f"not at {', '.join(f'{mpp:g}' for mpp in left_out)} µm, which not every slide shows")
     notes += _warnings(sides, encoders)
     finest = common_pitch([one.slide for one in sides.real], [one.slide for one in sides.synthetic], SCALES[0])
+    prints = {path: slide_fingerprint(path)[:16] for path in {one.slide.path for one in both}}  # once a file
     figures: dict[str, Any] = {
         "format": 3, "wsi_brush": __version__, "seed": seed, "codec": one_codec.word, "most": most,
         "encoders": [{"name": one.name, "fingerprint": one.fingerprint, "dim": one.dim, "tile": one.tile}
                      for one in encoders],
         "versions": {"torch": torch.__version__, "numpy": np.__version__}, "date": str(date.today()),
-        "real": [_said(one) for one in sides.real], "synthetic": [_said(one) for one in sides.synthetic],
+        "real": [_said(one, prints) for one in sides.real],
+        "synthetic": [_said(one, prints) for one in sides.synthetic],
         "pairs": [{"real": one.real, "synthetic": one.synthetic} for one in sides.pairs],
         "scales": {one.name: {} for one in encoders},
     }  # fmt: skip
@@ -145,10 +148,10 @@ def _warnings(sides: Sides, encoders: Sequence[TileEncoder]) -> list[str]:
     return found
 
 
-def _said(one: Field) -> dict[str, Any]:
+def _said(one: Field, prints: Mapping[Path, str]) -> dict[str, Any]:
     """What a report says of a field: by its fingerprint its file is known again, wherever it is."""
     found: dict[str, Any] = {
-        "name": one.name, "fingerprint": slide_fingerprint(one.slide.path)[:16], "mpp": round(one.slide.mpp, 5),
+        "name": one.name, "fingerprint": prints[one.slide.path], "mpp": round(one.slide.mpp, 5),
         "mpp_source": one.slide.mpp_source, "synthetic": one.slide.synthetic,
         "area": [one.area.top, one.area.left, *one.area.shape], "tissue": round(float(one.tissue.mean()), 4),
     }  # fmt: skip

@@ -35,11 +35,11 @@ def write_report(target: Path, sides: Sides, figures: dict[str, Any], *, overwri
 
     template = Environment(autoescape=True).from_string(Path(__file__).with_name("report.html").read_text("utf-8"))
     shown = sides.pairs or [Pair(0, 0, 0.0, 0.0)]
+    worst_in, worst = _worst(sides, figures)
     page = template.render(
-        figures=figures, pictures=[_pictures(sides, pair) for pair in shown[:_SHOWN]], worst=_worst(sides, figures),
+        figures=figures, pictures=[_pictures(sides, pair) for pair in shown[:_SHOWN]], worst_in=worst_in, worst=worst,
         curves=Markup(_curves(figures["texture"])), areas=Markup(_areas(figures["texture"])),
-        worst_in=_worst_in(figures), copies=_copies(sides, figures["copying"]),
-        correlations=Markup(_correlations(figures["copying"])),
+        copies=_copies(sides, figures["copying"]), correlations=Markup(_correlations(figures["copying"])),
     )  # fmt: skip
     with staged(target, kind=KIND, about={"format": 1}, overwrite=overwrite) as stage:
         (stage / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
@@ -76,10 +76,10 @@ def _middle(one: Field, mpp: float, side: int) -> Grid:
     return Grid(mpp, row, column, side, side)
 
 
-def _worst(sides: Sides, figures: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The tiles with the smallest cosine at the finest scale, in the first encoder."""
+def _worst(sides: Sides, figures: dict[str, Any]) -> tuple[str, list[tuple[str, str, str]]]:
+    """The first encoder and the finest scale in words, and the tiles with the smallest cosine there."""
     if not figures["control"]:
-        return []
+        return "", []
     first, found = figures["encoders"][0], []
     mpp, scale = next(iter(figures["control"][first["name"]]["cosine"].items()))
     side = first["tile"]
@@ -88,13 +88,7 @@ def _worst(sides: Sides, figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         real, ours = sides.real[one["real"]].slide.read(there), sides.synthetic[one["synthetic"]].slide.read(here)
         place = f"{sides.synthetic[one['synthetic']].name}, row {one['place'][0]}, column {one['place'][1]}"
         found.append((_coded(real), _coded(ours), f"cosine {one['cosine']:.3f}; {place}"))
-    return found
-
-
-def _worst_in(figures: dict[str, Any]) -> str:
-    """Which encoder says so, at which scale."""
-    first = figures["encoders"][0]["name"]
-    return "" if not figures["control"] else f"{first}, {next(iter(figures['control'][first]['cosine']))} µm per pixel"
+    return f"{first['name']}, {mpp} µm per pixel", found
 
 
 def _copies(sides: Sides, copying: dict[str, Any] | None) -> list[tuple[str, str, str]]:

@@ -138,6 +138,11 @@ class Work:
         return [(int(path.name.removeprefix(_STATE)), path) for path in names]
 
 
+def work_folder(target: Path) -> Path:
+    """Where what is begun of `target` is."""
+    return target.parent / f"{WORK}{target.name}"
+
+
 @contextlib.contextmanager
 def working(target: Path, parameters: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Work]:
     """The work folder for `target`, ours alone; removed at the end unless an error ends the block.
@@ -148,7 +153,7 @@ def working(target: Path, parameters: Mapping[str, Any], *, overwrite: bool = Fa
         RefusedError: if another process holds it, or it was begun with other parameters and `overwrite` is off.
         MachineError: if it cannot be made, or the disk is full.
     """
-    folder = target.parent / f"{WORK}{target.name}"
+    folder = work_folder(target)
     plain = json.loads(json.dumps(dict(parameters)))
     lock = hold(folder, target)
     try:

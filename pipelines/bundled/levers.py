@@ -131,8 +131,8 @@ def main(arguments: argparse.Namespace) -> None:
     file = arguments.work / "levers.json"
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     sizes = {"steps": arguments.steps, "batch": arguments.batch, "width": arguments.width}
-    told = fingerprint(recipe.model_dump(mode="json", exclude={"card"}))[:12]
-    given = {**sizes, "batches": arguments.batches, "recipe": told}
+    given = {**sizes, "batches": arguments.batches}
+    given |= {"recipe": fingerprint(recipe.model_dump(mode="json", exclude={"card"}))}
     if known and known["about"]["given"] != given:
         raise UsageError(f"{file}: made with {known['about']['given']}, not {given}; choose another --work")
     runs: dict[str, Any] = known.get("runs", {})

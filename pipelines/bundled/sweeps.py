@@ -40,7 +40,7 @@ from wsi_brush.machine import find_device, keep_memory, name_of
 from wsi_brush.progress import Told
 from wsi_brush.recipe import read_config
 from wsi_brush.samples import Codec, Spot, elsewhere, embed_spots, spots_of
-from wsi_brush.scratch import WORK
+from wsi_brush.scratch import work_folder
 from wsi_brush.sides import open_sides
 from wsi_brush.stages import Painting
 from wsi_brush.synthesize import choose_canvas, synthesize_slide
@@ -98,7 +98,7 @@ def paint(setting: Setting, place: HeldOut, folder: Path, brush: Brush, encoder:
     """Paint after a place; seconds from its embeddings to the last pixel."""
     at: dict[str, float] = {}
     target = target_of(place.slide, folder)
-    shutil.rmtree(folder / f"{WORK}{target.name}", ignore_errors=True)  # the seconds are to be of all of it
+    shutil.rmtree(work_folder(target), ignore_errors=True)  # the seconds are to be of all of it
     synthesize_slide(
         place.slide.path, target, replace(painting, region=place.region, **setting._asdict()), brush=brush,
         encoder=encoder, assume_mpp=place.assume_mpp, overwrite=target.exists(),

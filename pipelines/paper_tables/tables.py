@@ -38,7 +38,7 @@ from wsi_brush.machine import keep_memory, peak_memory
 from wsi_brush.published import Networks, find_networks
 from wsi_brush.recipe import TrainConfig, checked, read_toml
 from wsi_brush.report import write_report
-from wsi_brush.scratch import WORK
+from wsi_brush.scratch import work_folder
 from wsi_brush.sides import open_sides
 from wsi_brush.slide import Slide, open_slide
 from wsi_brush.stages import Painting
@@ -131,7 +131,7 @@ def painted(
             target = folder / f"{slide.path.stem}-{number}.ome.zarr"
             if target.name in seconds:
                 continue
-            shutil.rmtree(folder / f"{WORK}{target.name}", ignore_errors=True)  # its seconds are to be of all of it
+            shutil.rmtree(work_folder(target), ignore_errors=True)  # its seconds are to be of all of it
             painting = Painting(
                 region=region, mpp=MPP, seed=tables["seed"] + number, steps=tables["steps"], guidance=GUIDANCE,
                 memory=16 * 10**9, device=device,

@@ -114,7 +114,7 @@ def plan(
         WsiBrushError: what painting would raise.
         StoppedError: if `tell` raised it.
     """
-    from wsi_brush.scratch import WORK
+    from wsi_brush.scratch import work_folder
 
     brush, encoder, slide, canvas = opened(wish)
     height, width = (side * canvas.mpp for side in canvas.shape)
@@ -125,7 +125,7 @@ def plan(
     there = ""
     if target is not None and target.exists():
         there = f"; {target.name} is there already"
-    elif target is not None and (target.parent / f"{WORK}{target.name}").exists():
+    elif target is not None and work_folder(target).exists():
         there = "; begun already, goes on from there"
     if look is not None:
         look(place + there)
